@@ -1,0 +1,135 @@
+"""From a ratio to the units that go: global ranking, protected blocks, floors, rounding to a multiple. Public."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from flexi_plugins.data import BlockRecipe, ModelShape, Part, PruningPlan, Scores
+from flexi_plugins.errors import FlexiError, OutOfReach
+from flexi_plugins.hookspecs import Budget
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Rule = Literal["auto", "divided", "undivided", "standardised", "standardised-divided"]
+
+
+def check_reach(who: str, budget: Budget, reach: float) -> None:
+    """Raise with the reachable range unless the budget's ratio lies in it."""
+    if not 0 < budget.ratio < 1:
+        raise OutOfReach(
+            f"{who}: ratio {budget.ratio:g} is not between 0 and 1; on this model it reaches up to {reach:.4f}"
+        )
+    if budget.ratio > reach:
+        raise OutOfReach(
+            f"{who}: ratio {budget.ratio:g} is out of reach on this model; it reaches ratios up to {reach:.4f}"
+        )
+
+
+def smallest(count: int, make: Callable[[int], PruningPlan], budget: Budget, who: str) -> int:
+    """Return the smallest n in 1..count whose plan meets the budget."""
+    for n in range(1, count + 1):
+        if budget.met(make(n)):
+            return n
+    reach = make(count).ratio if count else 0.0
+    raise OutOfReach(
+        f"{who}: ratio {budget.ratio:g} is out of reach on this model; it reaches ratios up to {reach:.4f}"
+    )
+
+
+def lowest(scores: Tensor, count: int, allowed: Sequence[int]) -> list[int]:
+    """Return the ``count`` allowed indices with the lowest scores, ascending; ties go to the later index."""
+    ranked = sorted(allowed, key=lambda i: (float(scores[i]), -i))
+    return sorted(ranked[:count])
+
+
+@dataclass(frozen=True)
+class _Item:
+    """The least that can go at once: one KV head, or a group of a block's channels."""
+
+    priority: float
+    block: int
+    kind: Literal["attention", "mlp"]
+    units: tuple[int, ...]
+    cost: int
+
+
+def priorities(scores: Scores, shape: ModelShape, rule: Rule) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the ranking values of heads and channels per block, by the rule.
+
+    auto: comparable scores are divided by the unit's parameters, others are standardised per (block, kind), undivided.
+    """
+    from flexi_plugins.numerics import standardise
+
+    if scores.attention is None or scores.mlp is None:
+        raise FlexiError("unit ranking: the metric gave no attention or no mlp scores")
+    if rule == "auto":
+        rule = "divided" if scores.comparable else "standardised"
+    attention, mlp = [], []
+    for block, heads, channels in zip(shape.blocks, scores.attention, scores.mlp, strict=True):
+        if rule.startswith("standardised"):
+            heads, channels = standardise(heads), standardise(channels)
+        if rule.endswith("divided") and rule != "undivided":
+            heads, channels = heads / max(1, shape.head_cost(block)), channels / shape.channel_cost()
+        attention.append(heads)
+        mlp.append(channels)
+    return attention, mlp
+
+
+def global_units(
+    scores: Scores, shape: ModelShape, budget: Budget, allowed: Sequence[int], rule: Rule, multiple: int, min_heads: int
+) -> PruningPlan:
+    """Return the plan that removes the lowest-ranked heads and channel groups of the allowed blocks until the budget is met.
+
+    Channels go in groups of ``multiple``, lowest first, so that widths stay multiples; every block keeps ``min_heads``
+    KV heads and one group of channels.
+    """
+    attention, mlp = priorities(scores, shape, rule)
+    items = [
+        item
+        for b in allowed
+        for item in (*_heads(shape, b, attention[b], min_heads), *_channels(shape, b, mlp[b], multiple))
+    ]
+    excess = shape.parameters - budget.target
+    gone: dict[tuple[int, str], list[int]] = {}
+    for item in sorted(items, key=lambda i: i.priority):
+        if excess <= 0:
+            break
+        gone.setdefault((item.block, item.kind), []).extend(item.units)
+        excess -= item.cost
+    if excess > 0:
+        raise OutOfReach(
+            f"unit ranking: ratio {budget.ratio:g} is out of reach with these protected blocks and floors; "
+            f"it reaches ratios up to {sum(i.cost for i in items) / shape.parameters:.4f}"
+        )
+    return without_units(shape, gone)
+
+
+def _heads(shape: ModelShape, block: int, values: Tensor, floor: int) -> list[_Item]:
+    order = values.argsort(stable=True).tolist()
+    cost = shape.head_cost(shape.blocks[block])
+    return [_Item(float(values[u]), block, "attention", (u,), cost) for u in order[: len(order) - floor]]
+
+
+def _channels(shape: ModelShape, block: int, values: Tensor, multiple: int) -> list[_Item]:
+    order = values.argsort(stable=True).tolist()
+    first = len(order) % multiple or multiple  # what is over a multiple goes with the first group
+    starts = [0, *range(first, len(order), multiple)]
+    groups = [tuple(order[a:b]) for a, b in zip(starts, [*starts[1:], len(order)], strict=True)]
+    return [_Item(float(values[list(g)].mean()), block, "mlp", g, len(g) * shape.channel_cost()) for g in groups[:-1]]
+
+
+def without_units(shape: ModelShape, gone: dict[tuple[int, str], list[int]]) -> PruningPlan:
+    """Return the plan that removes these units: (block, "attention" or "mlp") -> indices."""
+
+    def kept(block: int, kind: str, width: int) -> tuple[int, ...] | None:
+        lost = set(gone.get((block, kind), ()))
+        return tuple(u for u in range(width) if u not in lost) if lost else None
+
+    recipes = [
+        BlockRecipe(parts=(Part(i, kept(i, "attention", b.kv_heads), kept(i, "mlp", b.channels)),))
+        for i, b in enumerate(shape.blocks)
+    ]
+    return PruningPlan(shape, tuple(recipes))

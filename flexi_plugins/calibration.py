@@ -1,0 +1,210 @@
+"""Which statistics, taken on which model: one forward and one backward pass for all metrics together.
+
+A later step of a progressive strategy starts at the first block that changed: states and statistics before it are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flexi_plugins.data import PruningPlan, Statistics
+from flexi_plugins.errors import FlexiError
+from flexi_plugins.execution.backward import backward_sweep
+from flexi_plugins.execution.blocks import Blocks
+from flexi_plugins.execution.sweep import Batch, Planned, Sweeper
+from flexi_plugins.hookspecs import BlockTrace, GradientTrace, Statistic
+
+Sums = dict[str, Tensor]
+
+
+class Calibrator:
+    """Takes statistics of plans' models on fixed calibration tokens, and remembers what equal models gave.
+
+    windows: (windows, tokens) for activation statistics and losses; samples: (samples, tokens) for gradients.
+    """
+
+    def __init__(
+        self, blocks: Blocks, windows: Tensor, samples: Tensor, known: Mapping[str, Statistic], rows: int = 4
+    ) -> None:
+        self.blocks = blocks
+        self.sweeper = Sweeper(blocks)
+        self.samples = samples
+        self.known = known
+        self.batches = [Batch(ids) for ids in windows.split(rows)]
+        self.tokens = windows.numel()
+        self._forward: dict[
+            tuple[str, int], Mapping[str, Tensor]
+        ] = {}  # (statistic, prefix) -> quantities of one block
+        self._backward: dict[tuple[str, str], list[Mapping[str, Tensor]]] = {}  # (statistic, plan hash) -> per block
+
+    def statistics(
+        self, planned: Planned, needs: Iterable[str], advance: Callable[[int], None] = lambda tokens: None
+    ) -> Statistics:
+        """Return the named statistics of a plan's model; only what is not known yet is measured."""
+        names = sorted(set(needs))
+        unknown = [n for n in names if n not in self.known]
+        if unknown:
+            raise FlexiError(f"no plugin offers the statistic {unknown[0]!r}; there is {', '.join(sorted(self.known))}")
+        self._take_forward(planned, [self.known[n] for n in names if not self.known[n].backward], advance)
+        self._take_backward(planned, [self.known[n] for n in names if self.known[n].backward])
+        return Statistics({name: self._collect(planned.plan, self.known[name]) for name in names})
+
+    def forget(self, plans: Sequence[PruningPlan]) -> None:
+        """Drop kept states and blocks that none of these plans passes."""
+        prefixes = {n for p in plans for n in self.sweeper.prefixes.of(p)}
+        self.sweeper.keep = {k: v for k, v in self.sweeper.keep.items() if k[1] in prefixes}
+        self.blocks.keep_only(list(plans))
+
+    def losses(self, planned: Sequence[Planned]) -> list[float]:
+        """Return the mean negative log-likelihood of plans on the calibration windows, nats per token; one sweep."""
+        batches = [
+            Batch(b.ids, tuple((r, 0, tuple(row[1:])) for r, row in enumerate(b.ids.tolist()))) for b in self.batches
+        ]
+        totals = [0.0] * len(planned)
+        for _, answers in self.sweeper.sweep(planned, batches):
+            for index, answer in answers.items():
+                totals[index] -= sum(logprob for logprob, _ in answer)
+        targets = sum(b.ids.numel() - len(b.ids) for b in batches)
+        return [total / targets for total in totals]
+
+    def _collect(self, plan: PruningPlan, statistic: Statistic) -> Mapping[str, tuple[Tensor, ...]]:
+        if statistic.backward:
+            blocks: Sequence[Mapping[str, Tensor]] = self._backward[statistic.name, plan.hash]
+        else:
+            blocks = [self._forward[statistic.name, n] for n in self.sweeper.prefixes.of(plan)[1:]]
+        return {quantity: tuple(b[quantity] for b in blocks) for quantity in blocks[0]}
+
+    def _take_forward(self, planned: Planned, wanted: Sequence[Statistic], advance: Callable[[int], None]) -> None:
+        numbers = self.sweeper.prefixes.of(planned.plan)
+        missing = [s for s in wanted if any((s.name, n) not in self._forward for n in numbers[1:])]
+        if not missing:
+            return
+        unseen = {p for s in missing for p, n in enumerate(numbers[1:]) if (s.name, n) not in self._forward}
+        observer = _ForwardObserver(self.sweeper, planned, missing, unseen, [b.ids for b in self.batches])
+        rerun = {numbers[p + 1] for p in unseen}
+        self.sweeper.keep = {k: v for k, v in self.sweeper.keep.items() if k[1] not in rerun}
+        for _ in self.sweeper.sweep([planned], self.batches, observer.run, keep=True, advance=advance):
+            observer.next_batch()
+        for (name, position), sums in observer.totals.items():
+            finished = self.known[name].finish(sums, self.tokens)
+            self._forward[name, numbers[position + 1]] = {k: v.float().cpu() for k, v in finished.items()}
+
+    def _take_backward(self, planned: Planned, wanted: Sequence[Statistic]) -> None:
+        key = planned.plan.hash
+        missing = [s for s in wanted if (s.name, key) not in self._backward]
+        if not missing:
+            return
+        found: dict[tuple[str, int], Mapping[str, Tensor]] = {}
+
+        def observe(trace: GradientTrace) -> None:
+            for statistic in missing:
+                sums = statistic.observe(trace)
+                finished = statistic.finish(sums, self.samples.numel())
+                found[statistic.name, trace.index] = {k: v.float().cpu() for k, v in finished.items()}
+
+        backward_sweep(self.blocks, planned, self.samples, observe)
+        for statistic in missing:
+            blocks = [found[statistic.name, p] for p in range(len(planned.plan.blocks))]
+            self._backward[statistic.name, key] = blocks
+
+
+class _ForwardObserver:
+    """Runs blocks of one plan with hooks and adds up what statistics make of each batch."""
+
+    def __init__(
+        self,
+        sweeper: Sweeper,
+        planned: Planned,
+        statistics: Sequence[Statistic],
+        positions: set[int],
+        ids: Sequence[Tensor],
+    ) -> None:
+        self.sweeper, self.blocks = sweeper, sweeper.blocks
+        self.planned, self.statistics, self.positions = planned, statistics, positions
+        self.numbers = sweeper.prefixes.of(planned.plan)
+        self.totals: dict[tuple[str, int], Sums] = {}
+        self.span = max(s.span for s in statistics)
+        self._ids = ids
+        self._batch = 0
+        self._entered: dict[int, Tensor] = {}
+
+    def next_batch(self) -> None:
+        """Forget the states of the batch that is done."""
+        self._batch += 1
+        self._entered = {}
+
+    def _input(self, position: int) -> Tensor:
+        """Return the states that entered an earlier block of this batch, flattened; kept ones where it was not run."""
+        if position not in self._entered:
+            kept = self.sweeper.keep[self._batch, self.numbers[position]] if position else None
+            self._entered[position] = self._embedded() if kept is None else kept
+        return self._entered[position].flatten(0, 1)
+
+    def _embedded(self) -> Tensor:
+        return self.blocks.embed(self._ids[self._batch], self.planned.plan.embedding_gain)
+
+    def run(self, _: int, position: int, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+        """Run one block; where its statistics are wanted, observe it."""
+        plan, attached = self.planned.plan, self.planned.attached
+        self._entered[position] = hidden
+        if position not in self.positions:
+            return self.blocks.run(plan, position, attached, hidden, arguments)
+        seen: dict[str, Tensor] = {}
+        block = self.blocks.block(plan, position, attached)
+        handles = list(self._hooks(block, position, seen))
+        try:
+            output = self.blocks.run(plan, position, attached, hidden, arguments)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._observe(block, position, seen, hidden, output)
+        return output
+
+    def _hooks(self, block: nn.Module, position: int, seen: dict[str, Tensor]) -> Iterable[Any]:
+        family = self.blocks.checkpoint.family
+        watched = {"middle": family.mlp_norm}
+        shape = self.planned.plan.block_shape(self.planned.plan.blocks[position])
+        watched |= {"attention_inner": family.ROLES["attention_output"]} if shape.kv_heads else {}
+        watched |= {"mlp_inner": family.ROLES["down"]} if shape.channels else {}
+        for name, path in watched.items():
+
+            def note(_: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
+                seen[name] = inputs[0].flatten(0, 1)
+
+            yield block.get_submodule(path).register_forward_pre_hook(note)
+
+    def _observe(
+        self, block: nn.Module, position: int, seen: dict[str, Tensor], hidden: Tensor, output: Tensor
+    ) -> None:
+        plan, family = self.planned.plan, self.blocks.checkpoint.family
+        shape = plan.block_shape(plan.blocks[position])
+        earlier = range(max(0, position - self.span + 1), position)
+        last = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        last[:, -1] = True
+
+        def weight(role: str, present: int) -> Tensor | None:
+            return block.get_submodule(family.ROLES[role]).weight if present else None
+
+        trace = BlockTrace(
+            index=position,
+            kv_heads=shape.kv_heads,
+            group=shape.group,
+            input=hidden.flatten(0, 1),
+            middle=seen["middle"],
+            output=output.flatten(0, 1),
+            before=tuple(self._input(p) for p in earlier),
+            attention_inner=seen.get("attention_inner"),
+            mlp_inner=seen.get("mlp_inner"),
+            attention_weight=weight("attention_output", shape.kv_heads),
+            mlp_weight=weight("down", shape.channels),
+            last=last.flatten(),
+        )
+        for statistic in self.statistics:
+            sums = statistic.observe(trace)
+            total = self.totals.setdefault((statistic.name, position), {})
+            for name, value in sums.items():
+                total[name] = total[name] + value if name in total else value

@@ -1,0 +1,504 @@
+"""The command line: flexi run | plan | prune | eval | report | list | check."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flexi_plugins.errors import FlexiError
+
+if TYPE_CHECKING:
+    from flexi_plugins.data import PruningPlan
+    from flexi_plugins.plugins import Plugins
+    from flexi_plugins.progress import Progress
+    from flexi_plugins.pruner import Pruner
+
+app = typer.Typer(
+    name="flexi",
+    help="Structured pruning of LLMs, taken apart: any importance metric with any replacement strategy.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[
+    str, typer.Option("--model", help="smollm2-135m, a checkpoint folder, or a hub name OWNER/NAME[@REVISION].")
+]
+Metric = Annotated[str | None, typer.Option("--metric", help="Importance metric; see `flexi list`.")]
+Strategy = Annotated[str | None, typer.Option("--strategy", help="Replacement strategy; see `flexi list`.")]
+Ratio = Annotated[
+    float | None, typer.Option("--ratio", help="Share of the stored parameters to remove, between 0 and 1.")
+]
+MetricOptions = Annotated[list[str] | None, typer.Option("--metric-option", help="KEY=VALUE, repeatable.")]
+StrategyOptions = Annotated[list[str] | None, typer.Option("--strategy-option", help="KEY=VALUE, repeatable.")]
+Corpus = Annotated[str, typer.Option("--corpus", help="Calibration text: a corpus name or file:PATH.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the calibration sample.")]
+Data = Annotated[Path | None, typer.Option("--data", envvar="FLEXI_DATA", help="Folder with local tasks/ and text/.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="Compute dtype: auto, float32, bfloat16, float16.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
+
+
+@app.command()
+def run(
+    study: Annotated[Path, typer.Argument(help="Study file (TOML).")],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the study; default runs/NAME.")] = None,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Run a study, or what is left of it, and write its leaderboard.
+
+    Example: flexi run baselines/recipes/demo.toml
+    """
+    from flexi_plugins.study import Study
+    from flexi_plugins.studyfile import read_study
+
+    plugins = _plugins()
+    file = read_study(study, plugins)
+    folder = out or Path("runs") / file.name
+    records = Study(file, folder, data, plugins, _progress()).run()
+    failed = [r for r in records if r.status == "failed"]
+    if as_json:
+        _print_json([r.to_json() for r in records])
+    else:
+        _show_reports(plugins, folder)
+    for record in failed:
+        typer.echo(f"failed: {record.cell.label}: {record.reason}", err=True)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    model: Model = "smollm2-135m",
+    metric: Metric = None,
+    strategy: Strategy = None,
+    ratio: Ratio = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the plan as JSON.")] = None,
+    metric_option: MetricOptions = None,
+    strategy_option: StrategyOptions = None,
+    corpus: Corpus = "python-docs",
+    seed: Seed = 0,
+    data: Data = None,
+    dtype: Dtype = "auto",
+    count_only: Annotated[
+        bool, typer.Option("--count-only", help="Parameters alone, from the configuration: no weights, no metric.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Print what would become of each block, and the exact parameters, before any weight is changed.
+
+    Example: flexi plan --metric come --strategy concat-merge --ratio 0.2 -o plan.json
+
+    Example: flexi plan --count-only --model huggyllama/llama-7b --strategy remove-blocks --strategy-option blocks=10
+    """
+    if count_only:
+        if output:
+            raise FlexiError("plan: --count-only chooses units without meaning, so its plan is not written; drop -o")
+        made = _counted(model, strategy, ratio, strategy_option)
+    else:
+        pruner = _pruner(model, corpus, seed, data, dtype)
+        made = _made_plan(pruner, metric, strategy, ratio, metric_option, strategy_option)
+    if output:
+        _write_text(output, json.dumps(made.to_json(), indent=1) + "\n")
+    if as_json:
+        _print_json(_plan_summary(made))
+    else:
+        _show_plan(made)
+
+
+@app.command()
+def prune(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Checkpoint folder to write.")],
+    model: Model = "smollm2-135m",
+    plan_file: Annotated[
+        Path | None, typer.Option("--plan", help="A plan file, in the place of metric, strategy, ratio.")
+    ] = None,
+    metric: Metric = None,
+    strategy: Strategy = None,
+    ratio: Ratio = None,
+    metric_option: MetricOptions = None,
+    strategy_option: StrategyOptions = None,
+    corpus: Corpus = "python-docs",
+    seed: Seed = 0,
+    data: Data = None,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Write a pruned model as a checkpoint folder, with its plan beside the weights.
+
+    Example: flexi prune --metric flexigpt --strategy remove-blocks --ratio 0.2 -o pruned/
+
+    Example: flexi prune --plan plan.json -o pruned/
+    """
+    if output.exists():
+        raise FlexiError(f"output {str(output)!r} exists already; name another folder or remove it")
+    pruner = _pruner(model, corpus, seed, data, dtype)
+    if plan_file:
+        if metric or strategy or ratio is not None:
+            raise FlexiError("prune: give either --plan, or --metric, --strategy and --ratio")
+        made = _read_plan(plan_file, pruner)
+    else:
+        made = _made_plan(pruner, metric, strategy, ratio, metric_option, strategy_option)
+    pruner.write(made, output)
+    from flexi_plugins.rewrite import plain_reason
+
+    reason = plain_reason(made, pruner.checkpoint)
+    summary = {**_plan_summary(made), "folder": str(output), "plain": reason is None, "not_plain_because": reason}
+    if as_json:
+        _print_json(summary)
+        return
+    typer.echo(_totals(made))
+    typer.echo(
+        f"written to {output}: "
+        + ("a plain transformers folder" if reason is None else f"FlexiForCausalLM, since {reason}")
+    )
+
+
+@app.command("eval")
+def evaluate(
+    model: Model = "smollm2-135m",
+    plan_file: Annotated[
+        Path | None, typer.Option("--plan", help="Evaluate the model of this plan of --model.")
+    ] = None,
+    tasks: Annotated[
+        str, typer.Option("--tasks", help="Comma-separated lm-eval tasks; empty for none.")
+    ] = "docs_cloze",
+    limit: Annotated[int | None, typer.Option("--limit", help="Documents a task.")] = None,
+    perplexity: Annotated[
+        str, typer.Option("--perplexity", help="Corpus for perplexity; empty for none.")
+    ] = "python-docs",
+    window: Annotated[int, typer.Option("--window", help="Perplexity window, tokens.")] = 512,
+    tokens: Annotated[int, typer.Option("--tokens", help="Perplexity tokens.")] = 8192,
+    efficiency: Annotated[bool, typer.Option("--efficiency", help="Measure speed and memory as well.")] = False,
+    data: Data = None,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure one model: perplexity, lm-eval tasks, efficiency.
+
+    Example: flexi eval --plan plan.json --tasks piqa,arc_easy --limit 100 --perplexity wikitext2 --data DIR
+    """
+    from flexi_plugins.data import PruningPlan
+    from flexi_plugins.evaluation import Measurer
+    from flexi_plugins.execution.likelihoods import NoJournal
+    from flexi_plugins.hookspecs import Candidate
+    from flexi_plugins.studyfile import Measure
+
+    measures = []
+    if perplexity:
+        measures.append(Measure(evaluator="perplexity", corpus=perplexity, window=window, tokens=tokens))
+    if tasks:
+        measures.append(Measure(evaluator="lm-eval", tasks=tasks.split(","), limit=limit))
+    if efficiency:
+        measures.append(Measure(evaluator="efficiency"))
+    pruner = _pruner(model, "python-docs", 0, data, dtype)
+    shape = pruner.checkpoint.shape
+    planned = pruner.attach(_read_plan(plan_file, pruner) if plan_file else PruningPlan.identity(shape))
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="flexi-eval-") as folder:
+        measurer = Measurer(pruner, NoJournal(), Path(folder), [planned])
+        outcomes = [measurer.run(m, [Candidate(model, planned.plan)])[0] for m in measures]
+    _show_outcomes(outcomes, as_json)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A study's folder, such as runs/demo.")],
+    publish_to: Annotated[
+        Path | None, typer.Option("--publish", help="Copy finished records and reports there.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the leaderboard of a study again from its records, or publish it.
+
+    Example: flexi report runs/demo --publish results/demo
+    """
+    from flexi_plugins.report import publish, write_reports
+    from flexi_plugins.store import Store
+
+    plugins = _plugins()
+    if not (folder / "records").is_dir():
+        raise FlexiError(f"report: {str(folder)!r} is no study's folder: it has no records/; run the study first")
+    store = Store(folder)
+    records = store.records()
+    for problem in store.problems:
+        typer.echo(problem, err=True)
+    if publish_to:
+        files = publish(plugins, folder, publish_to)
+    else:
+        files = write_reports(plugins, records, folder, folder.resolve().name)
+    if as_json:
+        _print_json({"records": [r.to_json() for r in records], "files": [str(f) for f in files]})
+    else:
+        for file in files:
+            typer.echo(str(file))
+
+
+@app.command("list")
+def list_plugins(as_json: Json = False) -> None:
+    """List every plugin with its paper, options and distribution, and the pairs that cannot work together.
+
+    Example: flexi list --json
+    """
+    from flexi_plugins.plugins import KINDS, options_of
+    from flexi_plugins.pruner import incompatible
+
+    plugins = _plugins()
+    found = {kind: plugins.entries(kind) for kind in KINDS}
+    pairs = [
+        (m, s, incompatible(found["metric"][m].object, found["strategy"][s].object))
+        for m in found["metric"]
+        for s in found["strategy"]
+    ]
+    described = [
+        {
+            "kind": kind,
+            "name": name,
+            "paper": getattr(entry.object, "paper", ""),
+            "distribution": entry.distribution,
+            "version": entry.version,
+            "options": {k: list(v) if isinstance(v, tuple) else v for k, v in options_of(entry.object).items()},
+        }
+        for kind, entries in found.items()
+        for name, entry in entries.items()
+    ]
+    refused = [{"metric": m, "strategy": s, "reason": r} for m, s, r in pairs if r]
+    if as_json:
+        _print_json({"plugins": described, "incompatible": refused, "problems": list(plugins.problems)})
+    else:
+        _show_list(described, refused)
+
+
+@app.command()
+def check(
+    studies: Annotated[list[Path] | None, typer.Argument(help="Study files to check; none: check the plugins.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check study files without running them; or run the conformance kit on every installed plugin.
+
+    Example: flexi check baselines/recipes/*.toml
+    """
+    plugins = _plugins()
+    problems = list(plugins.problems)
+    if studies:
+        from flexi_plugins.studyfile import read_study
+
+        for path in studies:
+            try:
+                read_study(path, plugins)
+            except FlexiError as error:
+                problems.append(str(error))
+    else:
+        from flexi_plugins.testing.conformance import check_all
+
+        problems += check_all(plugins)
+    if as_json:
+        _print_json({"problems": problems})
+    else:
+        for problem in problems:
+            typer.echo(problem)
+        typer.echo(f"{len(problems)} problems" if problems else "no problems")
+    if problems:
+        raise typer.Exit(1)
+
+
+# ---------------------------------------------------------------------------------------------- helpers
+
+
+def _plugins() -> Plugins:
+    from flexi_plugins.plugins import Plugins
+
+    plugins = Plugins.load()
+    for problem in plugins.problems:
+        typer.echo(problem, err=True)
+    return plugins
+
+
+def _progress() -> Progress:
+    from flexi_plugins.progress import Progress
+
+    return Progress()
+
+
+def _pruner(model: str, corpus: str, seed: int, data: Path | None, dtype: str) -> Pruner:
+    from flexi_plugins.pruner import DTYPES, Calibration, Pruner
+
+    if dtype != "auto" and dtype not in DTYPES:
+        from flexi_plugins.errors import unknown
+
+        raise FlexiError(unknown("dtype", dtype, ["auto", *DTYPES]))
+    calibration = Calibration(corpus=corpus)
+    return Pruner(model, calibration, seed=seed, data=data, dtype=dtype, plugins=_plugins(), progress=_progress())
+
+
+def _options(pairs: Sequence[str] | None) -> dict[str, str]:
+    options = {}
+    for pair in pairs or ():
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise FlexiError(f"option {pair!r}: expected KEY=VALUE")
+        options[key.replace("-", "_")] = value
+    return options
+
+
+def _asked_ratio(strategy: Any, ratio: float | None) -> float:
+    from flexi_plugins.pruner import own_knob
+
+    if ratio is None and not own_knob(strategy):
+        raise FlexiError(f"strategy {strategy.name!r}: give --ratio, the share of the stored parameters to remove")
+    return 0.0 if ratio is None else ratio
+
+
+def _made_plan(
+    pruner: Pruner,
+    metric: str | None,
+    strategy: str | None,
+    ratio: float | None,
+    metric_option: Sequence[str] | None,
+    strategy_option: Sequence[str] | None,
+) -> PruningPlan:
+    for kind, name in (("metric", metric), ("strategy", strategy)):
+        if not name:
+            raise FlexiError(f"give --{kind}: there is {', '.join(pruner.plugins.entries(kind))}")
+    chosen = pruner.plugins.get("metric", str(metric), _options(metric_option))
+    replacement = pruner.plugins.get("strategy", str(strategy), _options(strategy_option))
+    return pruner.plan(chosen, replacement, _asked_ratio(replacement, ratio), pruner.progress.say)
+
+
+def _counted(model: str, strategy: str | None, ratio: float | None, options: Sequence[str] | None) -> PruningPlan:
+    from flexi_plugins.models import known_config
+    from flexi_plugins.pruner import count_only
+
+    plugins = _plugins()
+    if not strategy:
+        raise FlexiError(f"give --strategy: there is {', '.join(plugins.entries('strategy'))}")
+    chosen = plugins.get("strategy", strategy, _options(options))
+    config = known_config(model)
+    return count_only(plugins.family(config).shape(config), chosen, _asked_ratio(chosen, ratio))
+
+
+def _read_plan(path: Path, pruner: Pruner) -> PruningPlan:
+    from flexi_plugins.data import PruningPlan
+
+    try:
+        made = PruningPlan.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise FlexiError(f"plan file {str(path)!r}: {error}") from None
+    if made.shape != pruner.checkpoint.shape:
+        raise FlexiError(f"plan file {str(path)!r} was made for a model of another shape than {pruner.checkpoint.name}")
+    return made
+
+
+def _plan_summary(made: PruningPlan) -> dict[str, Any]:
+    from flexi_plugins.pruner import plan_rows
+
+    return {
+        "original_parameters": made.shape.parameters,
+        "stored_parameters": made.stored_parameters,
+        "runtime_parameters": made.runtime_parameters,
+        "macs_per_token": made.macs_per_token,
+        "ratio": made.ratio,
+        "blocks": plan_rows(made),
+        "notes": list(made.origin.get("notes", ())),
+    }
+
+
+def _totals(made: PruningPlan) -> str:
+    return (
+        f"stored {made.stored_parameters:,} of {made.shape.parameters:,} parameters: ratio {made.ratio:.4f} "
+        f"({made.ratio:.2%}); at run time {made.runtime_parameters:,} parameters, {made.macs_per_token:,} MACs a token"
+    )
+
+
+def _show_plan(made: PruningPlan) -> None:
+    summary = _plan_summary(made)
+    _show_table(("block", "from", "what", "kv_heads", "channels", "parameters"), summary["blocks"])
+    for note in summary["notes"]:
+        typer.echo(f"note: {note}")
+    typer.echo(_totals(made))
+
+
+def _show_table(columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        numeric = bool(rows) and isinstance(rows[0].get(column), int | float)
+        table.add_column(column.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        cells = [row.get(c, "") for c in columns]
+        table.add_row(*(f"{c:,}" if isinstance(c, int) else str(c) for c in cells))
+    width = None if sys.stdout.isatty() else 200
+    Console(width=width, markup=False, highlight=False).print(table)
+
+
+def _show_list(described: Sequence[dict[str, Any]], refused: Sequence[dict[str, str]]) -> None:
+    rows = [{**d, "options": ", ".join(f"{k}={v}" for k, v in d["options"].items())} for d in described]
+    _show_table(("kind", "name", "paper", "distribution", "version", "options"), rows)
+    for pair in refused:
+        typer.echo(f"incompatible: {pair['metric']} x {pair['strategy']}: {pair['reason']}")
+    if not refused:
+        typer.echo("every metric works with every strategy")
+
+
+def _show_outcomes(outcomes: Sequence[Any], as_json: bool) -> None:
+    from dataclasses import asdict
+
+    measurements = [m for o in outcomes for m in o.measurements]
+    failures = [o.failure for o in outcomes if o.failure]
+    if as_json:
+        _print_json({"measurements": [asdict(m) for m in measurements], "failures": failures})
+    else:
+        for m in measurements:
+            error = f" ± {m.standard_error:.4f}" if m.standard_error is not None else ""
+            chance = f" (chance {m.chance:.4f})" if m.chance is not None else ""
+            typer.echo(f"{m.name}: {m.value:,.4f}{error}{chance}")
+        for failure in failures:
+            typer.echo(f"failed: {failure}", err=True)
+    if failures:
+        raise typer.Exit(1)
+
+
+def _show_reports(plugins: Plugins, folder: Path) -> None:
+    files = [folder / e.object.filename for e in plugins.entries("report").values()]
+    board = next((f for f in files if f.suffix == ".md"), None)
+    if board is not None:
+        typer.echo(board.read_text(encoding="utf-8"))
+    typer.echo("files: " + ", ".join(str(f) for f in files) + f", {folder / 'records'}/")
+
+
+def _write_text(path: Path, text: str) -> None:
+    from flexi_plugins.store import replacing
+
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _print_json(value: Any) -> None:
+    from flexi_plugins.store import to_text
+
+    typer.echo(to_text(value, indent=1))
+
+
+def main() -> None:
+    """Run the command line; a user's error is one message and exit status 2, an interrupt is 130."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app()
+    except FlexiError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("interrupted: what is finished is kept; the same command goes on from there", err=True)
+        sys.exit(130)

@@ -1,0 +1,86 @@
+"""The evaluator ``lm-eval``: its tasks and its judgement, with one sweep answering for all candidates."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from flexi_plugins.errors import FlexiError
+from flexi_plugins.evaluators import docs_cloze, harness
+from flexi_plugins.evaluators.outcomes import documents_of, measurements
+from flexi_plugins.evaluators.quiet import quiet
+from flexi_plugins.hookspecs import EvaluationRequest, Outcome, hookimpl
+
+BOOTSTRAP = 1000  # resamples for the standard errors that have no formula
+
+
+@dataclass(frozen=True)
+class LmEval:
+    """Tasks of lm-eval by name; ``limit`` takes the first documents only, ``num_fewshot`` replaces a task's default."""
+
+    name: ClassVar[str] = "lm-eval"
+
+    tasks: tuple[str, ...] = (docs_cloze.NAME,)
+    limit: int | None = None
+    num_fewshot: int | None = None
+
+    def evaluate(self, request: EvaluationRequest) -> list[Outcome]:
+        """Return lm-eval's metrics and choice_logprob of each candidate, and what became of each document."""
+        from flexi_plugins.evaluators import replay
+
+        title = f"lm-eval: {', '.join(self.tasks)}"
+        suite = self._suite(request)
+        with request.progress(f"tokenising {title}", len(suite.instances)) as advance:
+            questions = replay.collect(suite.instances, request.tokenizer, request.max_length, advance)
+        pairs = questions.pairs
+        answers = request.likelihoods(pairs, title) if pairs else [[] for _ in request.candidates]
+        outcomes = []
+        with quiet(), request.progress(f"scoring {title}", len(answers)) as advance:
+            for i, known in enumerate(answers):
+                outcomes.append(self._outcome(request, i, suite, replay.Replay(questions, known, _model(request, i))))
+                advance(1)
+        return outcomes
+
+    def _suite(self, request: EvaluationRequest) -> harness.Suite:
+        """Load the tasks and build their requests."""
+        if not self.tasks or (self.limit is not None and self.limit < 1):
+            raise FlexiError(
+                f"evaluator 'lm-eval': expected at least one task and a limit of at least 1 document, found tasks "
+                f"{self.tasks} and limit {self.limit}; name tasks, and leave limit out for all documents"
+            )
+        with quiet(), request.progress("loading tasks of lm-eval", len(self.tasks)) as advance:
+            return harness.load_suite(self.tasks, request.data, self.limit, self.num_fewshot, advance)
+
+    def _outcome(self, request: EvaluationRequest, index: int, suite: harness.Suite, model: Any) -> Outcome:
+        """Let lm-eval judge the answers of one candidate."""
+        from lm_eval.evaluator import evaluate
+
+        bad = sum(not math.isfinite(logprob) for logprob, _ in model.answers)
+        if bad:
+            return Outcome(
+                failure=f"candidate {request.candidates[index].label!r}: {bad} of its {len(model.answers)} "
+                "log-probabilities are not finite, the model broke down"
+            )
+        tasks = {"tasks": dict(suite.tasks), "groups": dict(suite.groups)}
+        results: Any = evaluate(lm=model, task_dict=tasks, limit=self.limit, bootstrap_iters=BOOTSTRAP)
+        documents = {name: documents_of(suite.tasks[name], rows) for name, rows in results["samples"].items()}
+        rows = tuple(row for task in documents.values() for row in task)
+        return Outcome(tuple(measurements(results, documents)), rows)
+
+
+def _model(request: EvaluationRequest, index: int) -> Any:
+    """Return how to get a candidate as lm-eval's own model, for what has to be generated."""
+
+    def make() -> Any:
+        from lm_eval.models.huggingface import HFLM
+
+        return HFLM(pretrained=request.model(index), tokenizer=request.tokenizer, max_length=request.max_length)
+
+    return make
+
+
+@hookimpl
+def evaluators() -> list[LmEval]:
+    """Return the evaluator of this file."""
+    return [LmEval()]

@@ -1,0 +1,353 @@
+"""The contract: what a plugin contributes, and what it is handed. Read this first.
+
+A plugin is a module (or object) with any of the hook functions below, each marked with ``flexi_plugins.hookimpl`` and
+each returning a list of objects; an installed distribution names it under the entry-point group ``flexi_plugins``.
+Metrics, strategies, recovery methods, evaluators and statistics are frozen dataclasses: their fields are their options,
+with defaults, and ``dataclasses.replace`` sets them; ``name`` and ``paper`` are class variables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import pluggy
+
+from flexi_plugins.data import Family, Measurement, ModelShape, PruningPlan, Scores, Statistics
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+PROJECT = "flexi_plugins"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+# --------------------------------------------------------------------------------------------- hooks
+
+
+@hookspec
+def importance_metrics() -> list[ImportanceMetric]:
+    """Return metrics: what scores the blocks, KV heads and channels of a model."""
+
+
+@hookspec
+def replacement_strategies() -> list[ReplacementStrategy]:
+    """Return strategies: what turns scores and a parameter budget into a plan."""
+
+
+@hookspec
+def recovery_methods() -> list[RecoveryMethod]:
+    """Return recovery methods: what trains a pruned model."""
+
+
+@hookspec
+def evaluators() -> list[Evaluator]:
+    """Return evaluators: what measures models."""
+
+
+@hookspec
+def statistics() -> list[Statistic]:
+    """Return statistics: what calibration can measure for metrics and strategies that name it in ``needs``."""
+
+
+@hookspec
+def corpora() -> list[Corpus]:
+    """Return corpora: where text comes from."""
+
+
+@hookspec
+def report_formats() -> list[ReportFormat]:
+    """Return report formats: what turns finished records into a file."""
+
+
+@hookspec(firstresult=True)
+def model_family(config: Any) -> Family | None:
+    """Return where the parts of this transformers configuration's models live, or None if it is not yours."""
+
+
+# ------------------------------------------------------------------------------------ what hooks return
+
+
+class ImportanceMetric(Protocol):
+    """Scores the parts of a model. Higher means keep."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    gives: ClassVar[frozenset[str]]  # of "block", "attention", "mlp"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the statistics it reads."""
+
+    def score(self, request: PruningRequest) -> Scores:
+        """Score the current model; see ``Scores`` for shapes and the meaning of comparable."""
+
+
+class ReplacementStrategy(Protocol):
+    """Turns scores into a plan. A progressive strategy plans one step at a time, with fresh statistics."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the statistics it reads itself."""
+
+    @property
+    def wants(self) -> frozenset[str]:
+        """Kinds of scores it uses, of "block", "attention", "mlp"."""
+
+    @property
+    def progressive(self) -> bool:
+        """Whether ``plan`` is called again, on the model of the plan so far, until ``finished``."""
+
+    def reach(self, shape: ModelShape) -> float:
+        """Return the largest ratio it can meet on a model of this shape."""
+
+    def plan(self, request: PruningRequest) -> PruningPlan:
+        """Return a plan of the *current* model (``request.shape``); the caller composes it with the plan so far."""
+
+    def finished(self, plan: PruningPlan, budget: Budget) -> bool:
+        """Whether this plan of the original model needs no further step."""
+
+    def tensors(self, plan: PruningPlan, weights: Weights) -> dict[str, Tensor]:
+        """Make the new tensors of a plan (``blocks.POSITION.NAME`` -> tensor), adapters for instance; {} for none."""
+
+
+class RecoveryMethod(Protocol):
+    """Trains a pruned model."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+
+    def recover(self, request: RecoveryRequest) -> torch.nn.Module:
+        """Return the recovered model."""
+
+
+class Evaluator(Protocol):
+    """Measures models: all candidates of a request at once, so that they can share a sweep."""
+
+    name: ClassVar[str]
+
+    def evaluate(self, request: EvaluationRequest) -> list[Outcome]:
+        """Return one outcome a candidate, in their order."""
+
+
+class Statistic(Protocol):
+    """Running sums over calibration tokens, per block.
+
+    ``span`` is how many consecutive blocks, ending at the observed one, its value for a block depends on (1: the block
+    alone). ``backward`` says that it reads gradients (``GradientTrace``) instead of activations (``BlockTrace``).
+    """
+
+    name: ClassVar[str]
+    span: ClassVar[int]
+    backward: ClassVar[bool]
+
+    def observe(self, trace: Any) -> dict[str, Tensor]:
+        """Return what one batch (forward) or one set of samples (backward) adds to the block's sums, float32."""
+
+    def finish(self, totals: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:
+        """Turn the sums over all batches into the statistic's quantities."""
+
+
+class Corpus(Protocol):
+    """A source of text. Its attributes may be class variables, fields or properties."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the catalogue."""
+
+    @property
+    def licence(self) -> str:
+        """The licence of the text."""
+
+    @property
+    def provenance(self) -> str:
+        """Where the text comes from, with its version."""
+
+    @property
+    def join(self) -> str:
+        """What stands between two documents when they are read as one stream."""
+
+    def texts(self, split: str, data: Path | None) -> Iterable[str]:
+        """Yield the documents of a split ("calibration" or "held-out"); ``data`` is the user's local data folder."""
+
+
+class ReportFormat(Protocol):
+    """Turns the rows of a study into a file."""
+
+    name: ClassVar[str]
+    filename: ClassVar[str]
+
+    def render(self, rows: Any, title: str) -> str:
+        """Render the rows (a pandas DataFrame, see ``store.rows``) as text."""
+
+
+# ------------------------------------------------------------------------------------- what they are given
+
+
+class Weights(Protocol):
+    """Lazy access to the weights of the original model."""
+
+    def block(self, index: int) -> Mapping[str, Tensor]:
+        """Return the linear maps of an original block by role: query, key, value, attention_output, gate, up, down."""
+
+    def cached(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Return ``make()``, computed once per checkpoint: for factorisations that several plans need."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much may stay: stored parameters of the plan <= (1 - ratio) x parameters of the original."""
+
+    parameters: int
+    ratio: float
+
+    @property
+    def target(self) -> int:
+        """Most parameters that may be stored."""
+        return int((1 - self.ratio) * self.parameters)
+
+    def met(self, plan: PruningPlan) -> bool:
+        """Whether the plan stores few enough parameters."""
+        return plan.stored_parameters <= self.target
+
+
+def _no_quality(plans: Sequence[PruningPlan], measure: str = "loss") -> list[float]:
+    raise RuntimeError("this request cannot run candidate plans")
+
+
+@dataclass(frozen=True)
+class PruningRequest:
+    """What a metric and a strategy are handed. ``plan`` is the plan so far, ``shape`` the shape of its model.
+
+    ``scores`` is set for strategies. ``weights`` is None when only parameters are to be counted (``counting``): a
+    strategy then makes any choice of the right size. ``quality(plans, measure)`` runs plans of the *original* model on
+    the calibration tokens and returns a number for each, lower is better (measure "loss": mean negative log-likelihood
+    in nats per token).
+    """
+
+    shape: ModelShape
+    plan: PruningPlan
+    budget: Budget
+    statistics: Statistics = field(default_factory=lambda: Statistics({}))
+    weights: Weights | None = None
+    scores: Scores | None = None
+    seed: int = 0
+    quality: Callable[..., list[float]] = _no_quality
+
+    @property
+    def counting(self) -> bool:
+        """Whether only sizes matter: no weights, statistics or meaningful scores are there."""
+        return self.weights is None
+
+
+@dataclass(frozen=True)
+class BlockTrace:
+    """What one block did to one batch, in the compute dtype unless said otherwise. d is the hidden size.
+
+    input, output: (tokens, d), the residual stream before and after the block. before: the inputs of the preceding
+    ``span - 1`` blocks, oldest first. attention_inner, mlp_inner: inputs of the attention output map (tokens, query
+    heads x head_dim) and of the down map (tokens, channels); None where the sub-layer is absent. middle: (tokens, d),
+    the residual stream after attention. attention_weight, mlp_weight: weights of those two maps, (d, columns).
+    last: (tokens,) bool, True at the last token of each sequence.
+    """
+
+    index: int
+    kv_heads: int
+    group: int
+    input: Tensor
+    middle: Tensor
+    output: Tensor
+    before: tuple[Tensor, ...]
+    attention_inner: Tensor | None
+    mlp_inner: Tensor | None
+    attention_weight: Tensor | None
+    mlp_weight: Tensor | None
+    last: Tensor
+
+
+@dataclass(frozen=True)
+class LinearTrace:
+    """Inputs and output gradients of one linear map for a set of samples.
+
+    input: (samples, tokens, columns); output: (samples, tokens, rows), without bias; output_gradient like output;
+    input_gradient like input; weight: (rows, columns). The loss of a sample is its mean next-token negative
+    log-likelihood, so gradients are per sample.
+    """
+
+    input: Tensor
+    output_gradient: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class GradientTrace:
+    """Gradients of one block for the gradient samples: role -> LinearTrace."""
+
+    index: int
+    kv_heads: int
+    group: int
+    head_dim: int
+    maps: Mapping[str, LinearTrace]
+
+
+@dataclass(frozen=True)
+class RecoveryRequest:
+    """What a recovery method is handed: a model in memory, the plan it came from, and text to train on."""
+
+    model: torch.nn.Module
+    plan: PruningPlan
+    seed: int
+    tokens: int
+    windows: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One model to be measured."""
+
+    label: str
+    plan: PruningPlan
+
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What an evaluator is handed.
+
+    likelihoods(requests, title): for every candidate, for every (context, continuation) pair of token ids, the summed
+    log-probability of the continuation (float) and whether it is the greedy one; one sweep for all candidates,
+    journalled. A context may not be empty. NaN marks a model that broke down.
+    model(index): the candidate as a transformers model in memory. folder(index): the candidate exported to a folder.
+    progress(title, total): a context manager that yields ``advance(n)``.
+    max_length: the most tokens the models take at once; None: what the tokenizer says.
+    """
+
+    candidates: tuple[Candidate, ...]
+    tokenizer: Any
+    likelihoods: Callable[[Sequence[tuple[Tokens, Tokens]], str], list[list[tuple[float, bool]]]]
+    model: Callable[[int], Any]
+    folder: Callable[[int], Path]
+    progress: Callable[..., Any]
+    corpora: Mapping[str, Corpus]
+    data: Path | None = None
+    seed: int = 0
+    dtype: str = "float32"
+    max_length: int | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an evaluator found about one candidate. ``failure`` says why there is no number, if there is none."""
+
+    measurements: tuple[Measurement, ...] = ()
+    documents: tuple[Mapping[str, Any], ...] = ()  # per-document outcomes, one flat mapping each
+    failure: str | None = None

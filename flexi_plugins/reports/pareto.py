@@ -1,0 +1,150 @@
+"""Report format ``pareto``: quality against stored parameters as an SVG, a mark a cell; equal records, equal bytes."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from flexi_plugins import hookimpl
+from flexi_plugins.hookspecs import ReportFormat
+from flexi_plugins.reports import ranking
+from flexi_plugins.reports.ranking import Row, number
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Okabe and Ito's colours, told apart by everybody
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#444444")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
+GREY = "#777777"
+STEPS = ((0.4, (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)), (1.5, (1, 2, 3, 5)), (3.0, (1, 3)), (math.inf, (1,)))
+
+
+@hookimpl
+def report_formats() -> list[ReportFormat]:
+    """Return the format of this file."""
+    return [Pareto()]
+
+
+@dataclass(frozen=True)
+class Pareto:
+    """Perplexity (log scale; else choice_logprob) against stored parameters: colour is metric, marker is strategy."""
+
+    name: ClassVar[str] = "pareto"
+    filename: ClassVar[str] = "pareto.svg"
+
+    def render(self, rows: pd.DataFrame, title: str) -> str:
+        """Render the finished rows as SVG text."""
+        import matplotlib
+
+        order = ranking.quality_order(ranking.measured(rows))
+        with matplotlib.rc_context({"svg.hashsalt": "flexi_plugins"}):
+            figure = _figure(_points(rows, order[0]) if order else [], order[0] if order else "", title)
+            text = io.StringIO()
+            figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+        return text.getvalue()
+
+
+def _points(rows: pd.DataFrame, quality: str) -> list[Row]:
+    """Return the rows that have both coordinates, as ``x`` (millions) and ``y``."""
+    points = []
+    for row in rows[rows["status"] == "complete"].to_dict("records"):
+        x, y = number(row, "stored_parameters") / 1e6, number(row, quality)
+        if math.isfinite(x) and math.isfinite(y):
+            points.append({**row, "x": x, "y": y})
+    return points
+
+
+def _figure(points: Sequence[Row], quality: str, title: str) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.5, 5.0), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
+    axes.set_xlabel("stored parameters (millions)")
+    if not points:
+        axes.text(0.5, 0.5, "no finished cell with a perplexity yet", ha="center", transform=axes.transAxes, color=GREY)
+        return figure
+    _draw_axes(axes, points, quality)
+    _draw_frontier(axes, points, quality)
+    _draw_points(axes, points)
+    return figure
+
+
+def _draw_axes(axes: Any, points: Sequence[Row], quality: str) -> None:
+    axes.set_ylabel(f"{quality}, {'lower' if _low(quality) else 'higher'} is better")
+    axes.margins(0.08)
+    axes.grid(color="#e6e6e6", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if _low(quality):
+        _draw_logarithmic(axes, [p["y"] for p in points])
+
+
+def _draw_logarithmic(axes: Any, values: Sequence[float]) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    decades = math.log10(max(values) / min(values))
+    steps = next(steps for most, steps in STEPS if decades <= most)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=steps))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+
+
+def _draw_frontier(axes: Any, points: Sequence[Row], quality: str) -> None:
+    """Join the points that no other one beats in both size and quality."""
+    best = frontier([(p["x"], p["y"] if _low(quality) else -p["y"]) for p in points])
+    if len(best) > 1:
+        ys = [y if _low(quality) else -y for _, y in best]
+        axes.plot([x for x, _ in best], ys, color="#bbbbbb", linewidth=1.2, linestyle="--", zorder=1, label="frontier")
+
+
+def _draw_points(axes: Any, points: Sequence[Row]) -> None:
+    pruned = [p for p in points if not ranking.is_dense(p)]
+    dense = [p for p in points if ranking.is_dense(p)]
+    colours = _assigned(pruned, "metric", COLOURS)
+    markers = _assigned(pruned, "strategy", MARKERS)
+    axes.scatter([p["x"] for p in dense], [p["y"] for p in dense], marker="*", s=190, color="black", zorder=3)
+    for index, (metric, colour) in enumerate(colours.items()):
+        size = 110 - 55 * index / max(len(colours) - 1, 1)  # nested: equal plans of several metrics all stay visible
+        for row in (p for p in pruned if p["metric"] == metric):
+            marker = markers[row["strategy"]]
+            axes.scatter(row["x"], row["y"], s=size, c=colour, marker=marker, edgecolor="white", zorder=4 + index)
+    _draw_legend(axes, colours, markers, bool(dense))
+
+
+def _draw_legend(axes: Any, colours: dict[str, str], markers: dict[str, str], dense: bool) -> None:
+    from matplotlib.lines import Line2D
+
+    def handle(label: str, marker: str, colour: str, size: int = 8) -> Any:
+        return Line2D([], [], linestyle="", marker=marker, color=colour, markersize=size, label=label)
+
+    metrics = [handle("metric", "", GREY), *(handle(n, "o", c) for n, c in colours.items())] if colours else []
+    strategies = [handle("strategy", "", GREY), *(handle(n, m, GREY) for n, m in markers.items())] if markers else []
+    lines = [line for line in axes.get_lines() if line.get_label() == "frontier"]
+    handles = [*([handle("dense", "*", "black", 12)] if dense else []), *lines, *metrics, *strategies]
+    legend = axes.figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
+    for text in legend.get_texts():
+        text.set_fontweight("bold" if text.get_text() in ("metric", "strategy") else "normal")
+
+
+def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the points that no other one is at most as high as in both coordinates, from left to right."""
+    found: list[tuple[float, float]] = []
+    for point in sorted(set(points)):
+        if not found or point[1] < found[-1][1]:
+            found.append(point)
+    return found
+
+
+def _assigned(rows: Sequence[Row], name: str, choices: Sequence[str]) -> dict[str, str]:
+    values = sorted({row[name] for row in rows})
+    return {value: choices[i % len(choices)] for i, value in enumerate(values)}
+
+
+def _low(quality: str) -> bool:
+    return bool(ranking.perplexities([quality]))

@@ -1,0 +1,151 @@
+"""From rows to a ranking: the seeds of one method together, the methods of one ratio against each other."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Row = dict[Any, Any]
+METHOD = ("model", "metric", "strategy", "ratio", "recovery")
+SIZES = ("true_ratio", "stored_parameters", "runtime_parameters", "macs_per_token")
+SPEED = ("checkpoint_mib", "peak_memory_mib", "tokens_per_second")
+UNRANKED = ("label", "seed", "options")  # columns of a record that a method has not
+
+
+def ranked(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return one row a method: dense first, then ratio by ratio by rank; cells without a result last, without a rank.
+
+    Several ``seeds`` become their mean, with ``NAME_sd``. ``variant`` says which options tell two rows of one
+    metric and strategy apart.
+    """
+    import pandas as pd
+
+    every = rows.to_dict("records")
+    names = measured(rows)
+    methods = [_together(group, names) for group in _groups(r for r in every if r["status"] == "complete")]
+    _rank(methods, quality_order(names))
+    _tell_apart(methods)
+    without = [{**r, "seeds": str(r["seed"])} for r in every if r["status"] != "complete"]
+    frame = pd.DataFrame([*methods, *without])
+    fixed = ["rank", "variant", "seeds", *(c for c in rows.columns if c not in UNRANKED)]
+    rest = [c for c in frame.columns if c not in (*fixed, *UNRANKED)]
+    frame = frame.reindex(columns=[*fixed, *rest])
+    frame.attrs.update(rows.attrs)
+    return frame
+
+
+def measured(rows: pd.DataFrame) -> list[str]:
+    """Return the names of the measurements in the rows, sizes apart."""
+    return [n for n in rows.attrs.get("higher_is_better", {}) if n in rows.columns and n not in SIZES]
+
+
+def perplexities(names: Iterable[str]) -> list[str]:
+    """Return the measurements that are perplexities."""
+    return [n for n in names if "ppl" in n or "perplexity" in n]
+
+
+def choices(names: Iterable[str]) -> list[str]:
+    """Return the measurements that are log-probabilities of the right choice."""
+    return [n for n in names if "choice_logprob" in n]
+
+
+def accuracies(names: Iterable[str]) -> list[str]:
+    """Return the measurements that are accuracies, in [0, 1]."""
+    return [n for n in names if {"acc", "accuracy"} & set(n.replace("/", "_").replace("@", "_").split("_"))]
+
+
+def speeds(names: Iterable[str]) -> list[str]:
+    """Return the measurements of size on disk, memory and speed."""
+    return [n for n in names if any(part in n for part in SPEED)]
+
+
+def quality_order(names: Sequence[str]) -> list[str]:
+    """Return what methods are ranked by: the first perplexity, then the choice log-probabilities (their mean)."""
+    return [*perplexities(names)[:1], *choices(names)]
+
+
+def is_dense(row: Mapping[Any, Any]) -> bool:
+    """Whether a row is the unpruned model."""
+    return not isinstance(row["strategy"], str)
+
+
+def at_chance(row: Mapping[Any, Any], name: str) -> bool:
+    """Whether an accuracy is not above guessing by more than two standard errors."""
+    value, error, chance = (number(row, n) for n in (name, f"{name}_stderr", f"{name}_chance"))
+    return value - chance <= 2 * error  # False where one of them is not there
+
+
+def number(row: Mapping[Any, Any], name: str) -> float:
+    """Return a number of a row, NaN if it is not there."""
+    value = row.get(name)
+    return math.nan if value is None else float(value)
+
+
+def flat_options(text: Any) -> dict[str, str]:
+    """Return the options of a cell (JSON text) as dotted names and readable values, without seeds."""
+    found: dict[str, str] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else key, inner)
+        elif prefix.rpartition(".")[2] != "seed":
+            found[prefix] = value if isinstance(value, str) else json.dumps(value)
+
+    walk("", json.loads(text) if isinstance(text, str) and text else {})
+    return found
+
+
+def _groups(rows: Iterable[Row]) -> list[list[Row]]:
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        method = tuple(str(row[name]) for name in METHOD)
+        groups.setdefault((method, tuple(sorted(flat_options(row["options"]).items()))), []).append(row)
+    return list(groups.values())
+
+
+def _together(group: Sequence[Row], names: Sequence[str]) -> Row:
+    """Return the mean of one method's seeds, with standard deviations where there are several."""
+    row: Row = {name: group[0][name] for name in (*METHOD, "status", "reason", "options")}
+    row |= {"variant": "", "seeds": " ".join(str(r["seed"]) for r in group)}
+    for name in (*SIZES, *names, *(f"{n}_stderr" for n in names), *(f"{n}_chance" for n in names)):
+        values = [v for v in (number(r, name) for r in group) if not math.isnan(v)]
+        if values:
+            row[name] = statistics.fmean(values)
+        if len(values) > 1 and name in names:
+            row[f"{name}_sd"] = statistics.stdev(values)
+    return row
+
+
+def _rank(methods: list[Row], order: Sequence[str]) -> None:
+    """Sort by model, ratio and quality, and number the methods of each model and ratio; dense has no number."""
+    first, choice = [n for n in order if n in perplexities(order)], choices(order)
+
+    def key(row: Row) -> tuple[Any, ...]:
+        quality = [number(row, n) for n in first] + [-sum(number(row, n) for n in choice)]
+        return row["model"], not is_dense(row), row["ratio"], *(math.inf if math.isnan(q) else q for q in quality)
+
+    methods.sort(key=key)
+    counts: dict[Any, int] = {}
+    for row in methods:
+        if not is_dense(row):
+            place = (row["model"], row["ratio"])
+            row["rank"] = counts[place] = counts.get(place, 0) + 1
+
+
+def _tell_apart(methods: Sequence[Row]) -> None:
+    """Set ``variant`` to the options in which methods of one metric and strategy differ."""
+    families: dict[Any, list[Row]] = {}
+    for row in methods:
+        families.setdefault((row["model"], str(row["metric"]), str(row["strategy"])), []).append(row)
+    for family in families.values():
+        options = [flat_options(row["options"]) for row in family]
+        differing = [n for n in dict.fromkeys(n for o in options for n in o) if len({o.get(n) for o in options}) > 1]
+        for row, own in zip(family, options, strict=True):
+            row["variant"] = ", ".join(f"{n.rpartition('.')[2]}={own[n]}" for n in differing if n in own)

@@ -1,0 +1,274 @@
+"""Report formats ``markdown`` and ``csv``: the leaderboard, made from records and nothing else."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from flexi_plugins import hookimpl
+from flexi_plugins.hookspecs import ReportFormat
+from flexi_plugins.reports import ranking
+from flexi_plugins.reports.ranking import Row, number
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Column = tuple[str, Callable[[Row], str]]  # heading, cell
+WIDTH = 8  # measurements side by side; more go into a further table
+LONGEST_REASON = 240
+MACHINE = ("machine", "system")  # versions that are not of software
+
+SIZES_EXPLAINED = (
+    "Ratio: the share of stored parameters that was to go; true ratio: that is gone. Stored: what a checkpoint holds, "
+    "adapters counted and shared weights once; runtime: what a token passes; MACs: multiply-adds with the weights; "
+    "M: million."
+)
+CHOICES_EXPLAINED = (
+    "choice_logprob: mean log-probability of the right choice among the choices; higher is better, and it tells "
+    "methods apart before accuracies do."
+)
+ERRORS_EXPLAINED = (
+    "± is the standard error (several seeds: the standard deviation); in brackets stands what guessing gives; `~` "
+    "marks what is not two standard errors better than guessing. Accuracies are in percent."
+)
+SPEEDS_EXPLAINED = (
+    "Peak memory: of a process of its own, Python and its libraries included. tok/s: tokens per second at batch "
+    "sizes b1, b8, ...; medians on this machine, to be compared with each other only."
+)
+
+
+@hookimpl
+def report_formats() -> list[ReportFormat]:
+    """Return the formats of this file."""
+    return [Markdown(), Csv()]
+
+
+@dataclass(frozen=True)
+class Csv:
+    """The leaderboard's rows with every number in full."""
+
+    name: ClassVar[str] = "csv"
+    filename: ClassVar[str] = "LEADERBOARD.csv"
+
+    def render(self, rows: pd.DataFrame, title: str) -> str:
+        """Render the ranked rows as comma-separated values; CSV has no room for the title."""
+        return ranking.ranked(rows).convert_dtypes().to_csv(index=False, lineterminator="\n")
+
+
+@dataclass(frozen=True)
+class Markdown:
+    """The leaderboard to read: where it comes from, quality ratio by ratio, size and speed, what has no result."""
+
+    name: ClassVar[str] = "markdown"
+    filename: ClassVar[str] = "LEADERBOARD.md"
+
+    def render(self, rows: pd.DataFrame, title: str) -> str:
+        """Render the rows as a Markdown page."""
+        names = ranking.measured(rows)
+        ranked = ranking.ranked(rows).to_dict("records")
+        done = [r for r in ranked if r["status"] == "complete"]
+        sections = [
+            f"# {title}",
+            _bullets(_origin(rows)),
+            _bullets(_caveats(rows, done, names)),
+            *_quality(done, names),
+            *_speed(done, names),
+            *_missing(rows.to_dict("records")),
+            _bullets(_explanation(names)) if done else "No cell has a result yet.",
+        ]
+        return "\n\n".join(s for s in sections if s) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------- head
+
+
+def _origin(rows: pd.DataFrame) -> list[str]:
+    context, versions = rows.attrs, rows.attrs.get("versions", {})
+    software = ", ".join(f"{n} {'/'.join(v)}" for n, v in versions.items() if n not in MACHINE)
+    lines = {
+        "model": ", ".join(context.get("models", ())),
+        "date": " to ".join(dict.fromkeys(d for d in (*context.get("dates", ())[:1], *context.get("dates", ())[-1:]))),
+        "machine": "; ".join(m for n in MACHINE for m in versions.get(n, ())),
+        "versions": software,
+        "code": ", ".join(f"commit {c}" for c in context.get("commits", ())),
+        "corpus": ", ".join(context.get("corpora", ())),
+        "seeds": ", ".join(str(s) for s in sorted(set(rows["seed"]))),
+    } | _options(rows)
+    return [f"{name}: {text}" for name, text in lines.items() if text]
+
+
+def _options(rows: pd.DataFrame) -> dict[str, str]:
+    """Return the options that all cells with a plugin, or all cells, have in common, by what they belong to."""
+    values: dict[str, dict[str, set[str]]] = {}
+    for row in rows.to_dict("records"):
+        for name, value in ranking.flat_options(row["options"]).items():
+            group, _, key = name.partition(".")
+            group = f"{group} {row[group]}" if group in ("metric", "strategy", "recovery") else group
+            values.setdefault(group, {}).setdefault(key, set()).add(value)
+    common = {g: {k: min(v) for k, v in keys.items() if len(v) == 1} for g, keys in sorted(values.items())}
+    return {g: ", ".join(f"{k} {v}".strip() for k, v in keys.items()) for g, keys in common.items()}
+
+
+def _caveats(rows: pd.DataFrame, done: Sequence[Row], names: Sequence[str]) -> list[str]:
+    context, versions = rows.attrs, rows.attrs.get("versions", {})
+    compared = [(r, n) for r in done for n in ranking.accuracies(names) if not math.isnan(number(r, f"{n}_chance"))]
+    lost = sum(ranking.at_chance(r, n) for r, n in compared)
+    mixed = [n for n, found in versions.items() if len(found) > 1] + ["commit"] * (len(context.get("commits", ())) > 1)
+    several = any(" " in r["seeds"] for r in done)
+    without = sum(status != "complete" for status in rows["status"])
+    changed = any("changes" in c for c in context.get("commits", ()))
+    said = [
+        (
+            f"{lost} of {len(compared)} accuracies are not two standard errors above guessing (marked `~`): "
+            "they tell no method from another",
+            lost,
+        ),
+        (f"the records differ in {', '.join(mixed)}: compare speeds and small differences with care", mixed),
+        ("some records were made with changes that are not committed", changed),
+        ("one seed: how far results vary between seeds is not shown", done and not several),
+        (f"{without} of {len(rows)} cells have no result; they stand at the end with the reason", without),
+    ]
+    return [f"**Note:** {text}" for text, holds in said if holds]
+
+
+# -------------------------------------------------------------------------------------------- tables
+
+
+def _quality(done: Sequence[Row], names: Sequence[str]) -> list[str]:
+    """Return the tables of each model and ratio, the dense model on top of every one."""
+    speeds = ranking.speeds(names)
+    kinds = [n for kind in (ranking.perplexities, ranking.choices, ranking.accuracies) for n in kind(names)]
+    shown = list(dict.fromkeys([*kinds, *names]))
+    columns = [_measurement(n, n in ranking.accuracies(names)) for n in shown if n not in speeds]
+    several = len({r["model"] for r in done}) > 1
+    sections = []
+    for model, ratio in dict.fromkeys((r["model"], r["ratio"]) for r in done if not ranking.is_dense(r)):
+        group = [r for r in done if r["model"] == model and (ranking.is_dense(r) or r["ratio"] == ratio)]
+        sections.append(f"## Quality at ratio {ratio:g}" + f" of {model}" * several)
+        sections += _tables(group, _identity(done), columns)
+    if not sections and done:
+        sections = ["## Quality", *_tables(done, _identity(done), columns)]
+    return sections
+
+
+def _speed(done: Sequence[Row], names: Sequence[str]) -> list[str]:
+    sizes: list[Column] = [
+        ("true ratio", _number("true_ratio", _figure)),
+        ("runtime M", _millions("runtime_parameters")),
+        ("MACs/token M", _millions("macs_per_token")),
+    ]
+    columns = [*_identity(done), *sizes, *((_heading(n), _number(n, _figure)) for n in ranking.speeds(names))]
+    return ["## Size and speed", _table(done, columns)] if done else []
+
+
+def _missing(rows: Sequence[Row]) -> list[str]:
+    left = [r for r in rows if r["status"] != "complete"]
+    names = ("metric", "strategy", "ratio", "recovery", "seed", "status", "reason")
+    columns = [(name, _words(name)) for name in names]
+    return ["## Without a result", _table(left, columns)] if left else []
+
+
+def _identity(done: Sequence[Row]) -> list[Column]:
+    """Return the columns that say which method a row is; those that are the same everywhere are left out."""
+    columns: list[Column] = [
+        ("#", lambda r: "" if ranking.is_dense(r) else f"{r['rank']:.0f}"),
+        ("metric", lambda r: "**dense**" if ranking.is_dense(r) else _text(r["metric"])),
+        ("strategy", lambda r: "" if ranking.is_dense(r) else _text(r["strategy"])),
+    ]
+    columns += [(n, _words(n)) for n in ("variant", "recovery") if any(r[n] not in ("", "none") for r in done)]
+    if any(" " in r["seeds"] for r in done):
+        columns.append(("seeds", lambda r: str(len(r["seeds"].split()))))
+    ratio: Column = ("ratio", lambda r: "" if ranking.is_dense(r) else f"{r['ratio']:g}")
+    return [*columns, ratio, ("stored M", _millions("stored_parameters"))]
+
+
+def _tables(rows: Sequence[Row], identity: Sequence[Column], columns: Sequence[Column]) -> list[str]:
+    starts = range(0, max(len(columns), 1), WIDTH)
+    return [_table(rows, [*identity, *columns[start : start + WIDTH]]) for start in starts]
+
+
+def _table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
+    words = {"metric", "strategy", "variant", "recovery", "status", "reason"}
+    lines = [[heading for heading, _ in columns], [":--" if h in words else "--:" for h, _ in columns]]
+    lines += [[cell(row) for _, cell in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+# --------------------------------------------------------------------------------------------- cells
+
+
+def _measurement(name: str, percent: bool) -> Column:
+    return (f"{name} %", _number(name, _percent)) if percent else (name, _number(name, _figure))
+
+
+def _number(name: str, show: Callable[[float], str]) -> Callable[[Row], str]:
+    """Return a cell such as ``~41.2 ± 2.1 (25)``: value, standard error (over seeds: deviation), guessing."""
+
+    def cell(row: Row) -> str:
+        chance = number(row, f"{name}_chance")
+        error = number(row, f"{name}_sd" if " " in row["seeds"] else f"{name}_stderr")
+        text = show(number(row, name)) + ("" if math.isnan(error) else f" ± {show(error)}")
+        return (
+            "~" * ranking.at_chance(row, name)
+            + text
+            + ("" if math.isnan(chance) else f" ({show(chance).removesuffix('.0')})")
+        )
+
+    return cell
+
+
+def _percent(value: float) -> str:
+    return _figure(100 * value, 1)
+
+
+def _words(name: str) -> Callable[[Row], str]:
+    return lambda row: _text(row[name])
+
+
+def _millions(name: str) -> Callable[[Row], str]:
+    return lambda row: _figure(number(row, name) / 1e6)
+
+
+def _figure(value: float, decimals: int | None = None) -> str:
+    """Return a number to about four figures, or with so many decimals."""
+    if not math.isfinite(value):
+        return "–" if math.isnan(value) else "∞"
+    size = abs(value)
+    if decimals is None:
+        decimals = 0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 10 else 3
+    return f"{value:,.{decimals}f}"
+
+
+def _text(value: Any) -> str:
+    """Return a value on one line that cannot break a table."""
+    text = "" if value is None or value != value else f"{value:g}" if isinstance(value, float) else str(value)
+    text = re.sub(r"\s+", " ", text).replace("|", "\\|")
+    return text if len(text) <= LONGEST_REASON else text[:LONGEST_REASON] + "…"
+
+
+def _heading(name: str) -> str:
+    return name.replace("tokens_per_second", "tok/s").replace("_mib", " MiB").replace("_", " ").replace("@", " ")
+
+
+# -------------------------------------------------------------------------------------------- footer
+
+
+def _explanation(names: Sequence[str]) -> list[str]:
+    order = ranking.quality_order(names)
+    by = " then ".join([*ranking.perplexities(order), *(["choice_logprob"] if ranking.choices(order) else [])])
+    said = [
+        (f"Rank: within one ratio, by {by}.", by),
+        (SIZES_EXPLAINED, True),
+        ("Perplexity: lower is better.", ranking.perplexities(names)),
+        (CHOICES_EXPLAINED, ranking.choices(names)),
+        (ERRORS_EXPLAINED, True),
+        (SPEEDS_EXPLAINED, ranking.speeds(names)),
+    ]
+    return [text for text, holds in said if holds]
+
+
+def _bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)

@@ -1,0 +1,262 @@
+"""Plan + weights -> a model in memory (unchanged blocks share storage) or a checkpoint folder (streamed)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedConfig
+
+from flexi_plugins.checkpoint import Checkpoint, new_folder, write_tensors
+from flexi_plugins.data import BlockRecipe, Family, PruningPlan, Weighted
+from flexi_plugins.errors import FlexiError
+from flexi_plugins.modeling import FlexiConfig, FlexiForCausalLM, resized_config
+
+Tensors = Mapping[str, Tensor]
+PLAN_FILE = "plan.json"
+PLAN_TENSORS = "plan.safetensors"
+
+
+# ----------------------------------------------------------------------------------------------- blocks
+
+
+def block_tensors(plan: PruningPlan, position: int, checkpoint: Checkpoint, attached: Tensors) -> dict[str, Tensor]:
+    """Return the state dict of one block of the plan's model, by names inside the block.
+
+    A sharing block has no linear weights of its own: only its norms, biases, adapters and output norms.
+    """
+    recipe, family = plan.blocks[position], checkpoint.family
+    shape = plan.block_shape(recipe)
+    tensors: dict[str, Tensor] = {}
+    if recipe.shares is None:
+        for role in plan.shape.maps(shape):
+            tensors[f"{family.ROLES[role]}.weight"] = _weight(plan, recipe, role, checkpoint)
+    for name in plan.shape.vectors(shape):
+        tensors[family.vector(name)] = _vector(plan, recipe, name, checkpoint)
+    prefix = f"blocks.{position}."
+    for name, tensor in attached.items():
+        if name.startswith(prefix):
+            tensors[_attached_name(name.removeprefix(prefix), family)] = tensor
+    return tensors
+
+
+def _attached_name(name: str, family: Family) -> str:
+    """Map ``ROLE.lora_a`` or ``attention.output_norm`` to a name inside the block."""
+    role, _, rest = name.partition(".")
+    if role in family.ROLES:
+        return f"{family.ROLES[role]}.{rest}"
+    if name in ("attention.output_norm", "mlp.output_norm"):
+        return f"{family.attention if role == 'attention' else family.mlp}.output_norm.weight"
+    raise FlexiError(
+        f"plan: attached tensor {name!r} has no place in a block; expected ROLE.lora_a, ROLE.lora_b or *.output_norm"
+    )
+
+
+def _weight(plan: PruningPlan, recipe: BlockRecipe, role: str, checkpoint: Checkpoint) -> Tensor:
+    def read(source: int) -> Tensor:
+        family = checkpoint.family
+        return checkpoint.read(f"{family.block_prefix(source)}{family.ROLES[role]}.weight")
+
+    if recipe.mix:
+        return _weighted(recipe.mix, read)
+    dimension = 1 if role in ("attention_output", "down") else 0
+    pieces = []
+    for part in recipe.parts:
+        rows = unit_rows(plan, part.source, role, part.channels if role in ("gate", "up", "down") else part.kv_heads)
+        if rows is None:
+            pieces.append(read(part.source))
+        elif len(rows):
+            pieces.append(read(part.source).index_select(dimension, rows))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dimension)
+
+
+def unit_rows(plan: PruningPlan, source: int, role: str, units: tuple[int, ...] | None) -> Tensor | None:
+    """Return the rows (columns for output maps) of a map that belong to units of an old block; None for all of them.
+
+    KV head k owns the query heads k * group .. (k + 1) * group - 1.
+    """
+    if units is None:
+        return None
+    block = plan.shape.blocks[source]
+    index = torch.tensor(units, dtype=torch.long)
+    if role in ("gate", "up", "down"):
+        return index
+    width = block.head_dim if role in ("key", "value") else block.head_dim * block.group
+    return (index[:, None] * width + torch.arange(width)).flatten()
+
+
+def _vector(plan: PruningPlan, recipe: BlockRecipe, name: str, checkpoint: Checkpoint) -> Tensor:
+    """Norms and output biases are weighted sums over ``norms``; biases of q, k, v, gate and up go with their units."""
+
+    def read(source: int) -> Tensor:
+        family = checkpoint.family
+        return checkpoint.read(family.block_prefix(source) + family.vector(name))
+
+    role = name.removesuffix(".bias")
+    if role == name or role in ("attention_output", "down"):
+        return _weighted(recipe.norm_weights, read)
+    if recipe.mix:
+        return _weighted(recipe.mix, read)
+    pieces = []
+    for part in recipe.parts:
+        rows = unit_rows(plan, part.source, role, part.channels if role in ("gate", "up") else part.kv_heads)
+        pieces.append(read(part.source) if rows is None else read(part.source)[rows])
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _weighted(terms: Weighted, read: Any) -> Tensor:
+    if len(terms) == 1 and terms[0][1] == 1.0:
+        return read(terms[0][0])
+    total = sum(coefficient * read(source).float() for source, coefficient in terms)
+    return total.to(read(terms[0][0]).dtype)
+
+
+# ------------------------------------------------------------------------------------------ whole models
+
+
+def check_attached(plan: PruningPlan, attached: Tensors) -> None:
+    """Raise unless every tensor that the plan's adapters and output norms need is there."""
+    missing = [n for n in needed_tensors(plan) if n not in attached]
+    if missing:
+        raise FlexiError(
+            f"plan: {len(missing)} attached tensors are missing ({missing[0]}, ...); they lie beside the plan as {PLAN_TENSORS}, "
+            "or its strategy makes them"
+        )
+
+
+def needed_tensors(plan: PruningPlan) -> list[str]:
+    """Return the names of the adapters and output norms that the plan's sharing blocks run with."""
+    names = []
+    for position, recipe in enumerate(plan.blocks):
+        block = plan.block_shape(recipe)
+        if recipe.rank:
+            names += [f"blocks.{position}.{r}.{x}" for r in plan.shape.maps(block) for x in ("lora_a", "lora_b")]
+        if recipe.output_norm:
+            names += [f"blocks.{position}.attention.output_norm"] * bool(block.kv_heads)
+            names += [f"blocks.{position}.mlp.output_norm"] * bool(block.channels)
+    return names
+
+
+def state_dict(plan: PruningPlan, checkpoint: Checkpoint, attached: Tensors) -> Iterator[tuple[str, Tensor]]:
+    """Yield the state dict of the plan's model tensor by tensor, in the order of the model."""
+    check_attached(plan, attached)
+    first, *rest = checkpoint.outer_names()
+    yield first, checkpoint.read(first)
+    for position in range(len(plan.blocks)):
+        prefix = checkpoint.family.block_prefix(position)
+        for name, tensor in block_tensors(plan, position, checkpoint, attached).items():
+            yield prefix + name, tensor
+    for name in rest:
+        yield name, checkpoint.read(name)
+
+
+def model_config(plan: PruningPlan, checkpoint: Checkpoint) -> PreTrainedConfig:
+    """Return the configuration of the plan's model: the original architecture where that can hold it, else FlexiConfig.
+
+    A Llama whose hidden size its number of heads does not divide becomes a Mistral without sliding window, which
+    computes the same and does not refuse it.
+    """
+    base = checkpoint.config
+    if plan.not_plain():
+        return FlexiConfig.of_plan(plan, base, checkpoint.family)
+    block = plan.new_shape.blocks[0]
+    config = resized_config(base, len(plan.blocks))
+    values = {
+        **config.to_dict(),
+        "head_dim": block.head_dim,
+        "num_attention_heads": block.query_heads,
+        "num_key_value_heads": block.kv_heads,
+        "intermediate_size": block.channels,
+    }
+    if values.get("layer_types"):
+        values["layer_types"] = [b.attention_type for b in plan.new_shape.blocks]
+    if base.model_type == "llama" and plan.shape.hidden % block.query_heads:
+        if plan.shape.qkv_bias or plan.shape.mlp_bias:
+            return FlexiConfig.of_plan(plan, base, checkpoint.family)
+        for key in ("model_type", "attention_bias", "mlp_bias", "pretraining_tp", "architectures"):
+            values.pop(key, None)
+        return MistralConfig.from_dict({**values, "sliding_window": None, "architectures": ["MistralForCausalLM"]})
+    return type(base).from_dict(values)
+
+
+def plain_reason(plan: PruningPlan, checkpoint: Checkpoint) -> str | None:
+    """Say why the plan's model is not a plain transformers folder; None if it is one."""
+    reason = plan.not_plain()
+    if reason is None and isinstance(model_config(plan, checkpoint), FlexiConfig):
+        return "the number of heads does not divide the hidden size, and only Llama without biases has a twin that allows it"
+    return reason
+
+
+def build_model(
+    plan: PruningPlan, checkpoint: Checkpoint, attached: Tensors | None = None, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """Return the plan's model in memory; with the stored dtype, unchanged tensors share the checkpoint's storage."""
+    config = model_config(plan, checkpoint)
+    with init_empty_weights(include_buffers=False):
+        if isinstance(config, FlexiConfig):
+            model = FlexiForCausalLM(config)
+        else:
+            model = AutoModelForCausalLM.from_config(config)
+    state = {n: t if dtype is None else t.to(dtype) for n, t in state_dict(plan, checkpoint, attached or {})}
+    if checkpoint.shape.tied:
+        state[f"{checkpoint.family.head}.weight"] = state[checkpoint.outer_names()[0]]
+    model.load_state_dict(state, strict=True, assign=True)
+    model.tie_weights()
+    config.dtype = model.config.dtype = next(iter(state.values())).dtype
+    return model.eval().requires_grad_(False)
+
+
+def write_checkpoint(
+    plan: PruningPlan, checkpoint: Checkpoint, attached: Tensors | None, folder: Path, dtype: torch.dtype | None = None
+) -> None:
+    """Write the plan's model as a checkpoint folder, tensor by tensor, with the plan beside it; renamed when whole."""
+    attached = attached or {}
+    config = model_config(plan, checkpoint)
+    with new_folder(Path(folder)) as temporary:
+        tensors = ((n, t if dtype is None else t.to(dtype)) for n, t in state_dict(plan, checkpoint, attached))
+        write_tensors(temporary, tensors)
+        if dtype is not None:
+            config.dtype = dtype
+        _write_config(temporary, config)
+        (temporary / PLAN_FILE).write_text(json.dumps(plan.to_json(), indent=1) + "\n")
+        if attached:
+            from safetensors.torch import save_file
+
+            save_file({n: t.contiguous() for n, t in attached.items()}, temporary / PLAN_TENSORS)
+        _copy_beside(checkpoint, temporary)
+
+
+def _write_config(folder: Path, config: PreTrainedConfig) -> None:
+    """Save config.json; rope_theta is written both ways, since releases before 5 ignore rope_parameters and use 10000."""
+    config.save_pretrained(folder)
+    file = folder / "config.json"
+    values = json.loads(file.read_text())
+    rope = values.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        values["rope_theta"] = rope["rope_theta"]
+        scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
+        values["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+        file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def _copy_beside(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy what belongs to the model but is neither weights nor configuration: tokenizer files, generation settings."""
+    if checkpoint.folder is None:
+        return
+    for file in sorted(checkpoint.folder.iterdir()):
+        known = file.name in ("config.json", "model.safetensors.index.json", PLAN_FILE)
+        if file.is_file() and not known and file.suffix in (".json", ".jinja", ".model", ".txt"):
+            (folder / file.name).write_bytes(file.read_bytes())
+
+
+def with_digests(plan: PruningPlan, attached: Tensors) -> PruningPlan:
+    """Return the plan with the digests of its attached tensors."""
+    from flexi_plugins.digests import tensor_digest
+
+    return replace(plan, tensors=tuple(sorted((n, tensor_digest(t)) for n, t in attached.items())))

@@ -1,0 +1,375 @@
+"""Where results live: one JSON a cell, documents and plans beside it, a journal for sweeps that are not finished.
+
+Every file is written under a temporary name in its own folder, synced and renamed, so that a file under its real name
+is whole. What cannot be read all the same is reported in ``problems`` and treated as absent: it is then made again.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flexi_plugins.data import Cell, PruningPlan, Record
+from flexi_plugins.digests import tensor_digest
+from flexi_plugins.errors import FlexiError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+TEMPORARY = re.compile(r"\.(\d+)\.tmp$")  # of a file that the process of this number was writing
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what reading a foreign file raises
+DISTRIBUTIONS = ("flexi-plugins", "torch", "transformers", "lm_eval", "safetensors", "datasets", "numpy")
+COLUMNS = ("label", "model", "metric", "strategy", "ratio", "true_ratio", "recovery", "seed", "status", "reason")
+SIZES = ("stored_parameters", "runtime_parameters", "macs_per_token")
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path whose file takes the place of ``path`` if all goes well, and goes away if not."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise FlexiError(
+            f"{path}: cannot be written ({error.strerror or error}); free space on that disk or make the folder "
+            "writable, then give the same command again: what is finished is kept"
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in a folder; those of running ones stay."""
+    import psutil
+
+    for path in folder.rglob("*.tmp"):
+        match = TEMPORARY.search(path.name)
+        if match and (int(match[1]) == os.getpid() or not psutil.pid_exists(int(match[1]))):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def to_text(value: Any, indent: int | None = None) -> str:
+    """Return strict JSON; NaN and infinities become ``{"float": "nan"}`` and the like, which ``from_text`` reads."""
+    return json.dumps(_spelt_out(value), indent=indent, allow_nan=False)
+
+
+def from_text(text: str) -> Any:
+    """Read what ``to_text`` wrote; tuples come back as lists."""
+    return json.loads(text, object_hook=lambda v: float(v["float"]) if v.keys() == {"float"} else v)
+
+
+def _spelt_out(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(float(value))}
+    if isinstance(value, Mapping):
+        return {k: _spelt_out(v) for k, v in value.items()}
+    return [_spelt_out(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _write_json(path: Path, value: Any, indent: int | None = None) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(to_text(value, indent) + "\n", encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------- store
+
+
+class Store:
+    """The records, documents and plans of one study in its folder. ``problems`` says which files could not be used."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self.problems: list[str] = []
+        for name in ("records", "documents", "plans"):
+            remove_leftovers(self.folder / name)
+
+    # -- records and documents
+
+    def path(self, cell: Cell) -> Path:
+        """Return where the record of a cell lives."""
+        return self.folder / "records" / f"{_name(cell)}.json"
+
+    def write(self, record: Record, documents: Mapping[str, Iterable[Mapping[str, Any]]] | None = None) -> None:
+        """Write a record after its per-document outcomes (evaluator -> flat mappings); an earlier try is replaced."""
+        self._write_documents(record.cell, documents or {})
+        _write_json(self.path(record.cell), record.to_json(), indent=1)
+
+    def get(self, cell: Cell) -> Record | None:
+        """Return the record of exactly this cell, or None if it is still to be made."""
+        return self._read(self.path(cell))
+
+    def records(self) -> list[Record]:
+        """Return all records in the folder, by file name; what is not a whole record goes to ``problems``."""
+        found = (self._read(path) for path in sorted((self.folder / "records").glob("*.json")))
+        return [record for record in found if record is not None]
+
+    def documents(self, cell: Cell) -> pd.DataFrame:
+        """Return the per-document outcomes of a cell, one row a document and evaluator; empty if there are none."""
+        import pandas as pd
+
+        path = self._documents_path(cell)
+        return pd.read_parquet(path) if path.exists() else pd.DataFrame({"evaluator": []})
+
+    def _read(self, path: Path) -> Record | None:
+        def parse(value: Any) -> Record:
+            record = Record.from_json(value)
+            if self.path(record.cell).name != path.name:
+                raise ValueError(f"it holds the cell {_name(record.cell)}")
+            return record
+
+        return self._parsed(path, parse, "record")
+
+    def _parsed(self, path: Path, parse: Callable[[Any], Any], what: str) -> Any:
+        """Parse a JSON file; None if it is not there, or is not what it should be (which is noted as a problem)."""
+        try:
+            return parse(from_text(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except UNREADABLE as error:
+            self._note(f"{path}: not a whole {what}, made again ({type(error).__name__}: {error})")
+            return None
+
+    def _note(self, problem: str) -> None:
+        if problem not in self.problems:
+            self.problems.append(problem)
+
+    def _documents_path(self, cell: Cell) -> Path:
+        return self.folder / "documents" / f"{_name(cell)}.parquet"
+
+    def _write_documents(self, cell: Cell, documents: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
+        from pyarrow import parquet
+
+        path = self._documents_path(cell)
+        rows = [{"evaluator": evaluator, **document} for evaluator, found in documents.items() for document in found]
+        if rows:
+            with replacing(path) as temporary:
+                parquet.write_table(_table(rows), temporary)
+        elif path.exists():
+            path.unlink()
+
+    # -- plans
+
+    def write_plan(self, key: str, plan: PruningPlan, tensors: Mapping[str, Tensor]) -> None:
+        """Write a plan and its attached tensors, tensors first, under a key (a digest of what the plan depends on)."""
+        wrong = _differing(plan, tensors)
+        if wrong:
+            raise FlexiError(f"plan {key[:12]}: its digests do not fit the attached tensors {', '.join(wrong)}")
+        if tensors:
+            _write_tensors(self._plan_path(key, ".safetensors"), tensors)
+        _write_json(self._plan_path(key, ".json"), {"key": key, **plan.to_json()})
+
+    def read_plan(self, key: str) -> tuple[PruningPlan, dict[str, Tensor]] | None:
+        """Return the plan written under a key and its attached tensors, verified; None if it is still to be made."""
+
+        def parse(value: Any) -> tuple[PruningPlan, dict[str, Tensor]]:
+            if value["key"] != key:
+                raise ValueError(f"it belongs to the key {value['key']}")
+            plan = PruningPlan.from_json(value)
+            return plan, self._read_tensors(key, plan)
+
+        return self._parsed(self._plan_path(key, ".json"), parse, "plan")
+
+    def _read_tensors(self, key: str, plan: PruningPlan) -> dict[str, Tensor]:
+        if not plan.tensors:
+            return {}
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            tensors = load_file(self._plan_path(key, ".safetensors"))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"its tensors: {error}") from None
+        wrong = _differing(plan, tensors)
+        if wrong:
+            raise ValueError(f"its tensors changed: {', '.join(wrong)}")
+        return tensors
+
+    def _plan_path(self, key: str, ending: str) -> Path:
+        return self.folder / "plans" / f"{key[:12]}{ending}"
+
+
+def _name(cell: Cell) -> str:
+    return f"{re.sub(r'[^A-Za-z0-9._-]+', '_', cell.label)}-{cell.hash[:12]}"
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Return flat mappings as a table; a column whose kinds do not fit together becomes text."""
+    import pyarrow as pa
+
+    def column(values: list[Any]) -> Any:
+        try:
+            return pa.array(values)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
+            return pa.array([None if v is None else str(v) for v in values], pa.string())
+
+    names = dict.fromkeys(name for row in rows for name in row)
+    return pa.table({name: column([row.get(name) for row in rows]) for name in names})
+
+
+def _differing(plan: PruningPlan, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names on which a plan and its attached tensors disagree."""
+    found = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+    wanted = dict(plan.tensors)
+    return sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        try:
+            save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary)
+        except SafetensorError as error:  # its only way to say that the disk is full
+            raise OSError(str(error)) from None
+
+
+# -------------------------------------------------------------------------------------------- journal
+
+
+class Journal:
+    """Answers of sweeps that are not finished, one file a plan and batch group, so that a killed sweep goes on.
+
+    A group hash covers all else that its answers depend on: tokens, model fingerprint and compute dtype.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder) / "journal"
+        remove_leftovers(self.folder)
+
+    def get(self, plan_hash: str, group_hash: str) -> list | None:
+        """Return the answers of a plan to a batch group, or None. Tuples come back as lists."""
+        path = self._path(plan_hash, group_hash)
+        try:
+            value = from_text(path.read_text(encoding="utf-8"))
+            return value["answers"] if (value["plan"], value["group"]) == (plan_hash, group_hash) else None
+        except UNREADABLE:
+            return None
+
+    def put(self, plan_hash: str, group_hash: str, answers: Sequence[Any]) -> None:
+        """Keep the answers of a plan to a batch group; numbers, NaN included, come back as they are."""
+        value = {"plan": plan_hash, "group": group_hash, "answers": answers}
+        _write_json(self._path(plan_hash, group_hash), value)
+
+    def clear(self) -> None:
+        """Remove the journal: every record that it was kept for is written."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, plan_hash: str, group_hash: str) -> Path:
+        return self.folder / plan_hash[:16] / f"{group_hash[:16]}.json"
+
+
+# ----------------------------------------------------------------------------------------------- rows
+
+
+def rows(records: Iterable[Record]) -> pd.DataFrame:
+    """Return one row a record, dense first; a column a measurement, with ``NAME_stderr`` and ``NAME_chance``.
+
+    ``attrs`` holds what reports put at their head: model, corpus, dates, versions, commits, and which way is better.
+    """
+    import pandas as pd
+
+    ordered = sorted(records, key=_order)
+    frame = pd.DataFrame([_row(r) for r in ordered])
+    fixed = (*COLUMNS, *SIZES, "options")
+    frame = frame.reindex(columns=[*fixed, *(c for c in frame.columns if c not in fixed)])
+    frame.attrs.update(_context(ordered))
+    return frame
+
+
+def _order(record: Record) -> tuple[Any, ...]:
+    cell = record.cell
+    method = (str(cell.metric), str(cell.strategy), cell.recovery)
+    return cell.model, cell.strategy is not None, cell.ratio, *method, cell.seed
+
+
+def _row(record: Record) -> dict[str, Any]:
+    cell = record.cell
+    row: dict[str, Any] = {name: getattr(cell, name) for name in COLUMNS if hasattr(cell, name)}
+    row |= {"status": record.status, "reason": record.reason, "options": cell.options}
+    if record.plan:
+        row |= {name: getattr(record.plan, name) for name in SIZES} | {"true_ratio": record.plan.ratio}
+    for measurement in record.measurements:
+        row.setdefault(measurement.name, measurement.value)
+        extra = {"stderr": measurement.standard_error, "chance": measurement.chance}
+        row |= {f"{measurement.name}_{k}": v for k, v in extra.items() if v is not None}
+    return row
+
+
+def _context(records: Sequence[Record]) -> dict[str, Any]:
+    def distinct(values: Iterable[Any]) -> list[Any]:
+        return list(dict.fromkeys(v for v in values if v))
+
+    names = distinct(n for r in records for n in r.versions)
+    return {
+        "models": distinct(f"{r.cell.model} ({r.cell.fingerprint[:12]})" for r in records),
+        "corpora": distinct(r.cell.corpus_hash[:12] for r in records),
+        "dates": sorted(distinct(r.date[:10] for r in records)),
+        "commits": distinct(r.commit[:12] + (" with changes" if r.dirty else "") for r in records),
+        "versions": {n: distinct(r.versions.get(n) for r in records) for n in names},
+        "higher_is_better": {m.name: m.higher_is_better for r in records for m in r.measurements},
+    }
+
+
+# ----------------------------------------------------------------------------------------- provenance
+
+
+def environment() -> dict[str, str]:
+    """Return what results depend on beside the code: versions of Python and libraries, operating system, machine."""
+    found = {"python": platform.python_version()}
+    for name in DISTRIBUTIONS:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found | {"system": f"{platform.system()} {platform.release()}", "machine": _machine()}
+
+
+def _machine() -> str:
+    import psutil
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{_processor()}, {cores} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        if match:
+            return match[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def commit() -> tuple[str, bool]:
+    """Return the commit that this package is checked out at and whether its files differ; ("", False) if it is not."""
+    here = Path(__file__).resolve()
+    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
+        return "", False
+    head = _git(here.parent, "rev-parse", "--verify", "HEAD")
+    return (head, bool(_git(here.parent, "status", "--porcelain", "--", "."))) if head else ("", False)
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,165 @@
+"""CoMe's progressive concatenation merge (arXiv 2510.15304, Algorithm 1, and the authors' code concat_merge.py).
+
+While too many parameters are left: score the current model, choose the pair of neighbouring blocks that together turn
+the residual stream least, share the width between them by their influence, keep each one's best KV heads and channels,
+and concatenate: queries, keys, values, gate and up by rows, output and down by columns. Norms are averaged. Whole KV
+heads move with their query heads (the released code scatters them on grouped-query models).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from flexi_plugins.budget import check_reach
+from flexi_plugins.data import BlockRecipe, BlockShape, ModelShape, Part, PruningPlan
+from flexi_plugins.errors import FlexiError, OutOfReach
+from flexi_plugins.hookspecs import Budget, PruningRequest, ReplacementStrategy, Weights, hookimpl
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ConcatMerge:
+    """Merge two neighbouring blocks into one of their width, step by step, with fresh statistics."""
+
+    pairs: Literal["own", "score"] = "own"  # pair choice: CoMe's angle, or the lowest sum of the metric's block scores
+    ratio: Literal["own", "score"] = "own"  # width shares: CoMe's block influence, or the metric's block scores
+    tokens: Literal["last", "all"] = "all"  # which tokens the angle is taken over ("last" as released for CoMe)
+    exponent: float = 1.0  # p of the shares (--psu)
+    floor: float = 0.0  # least share of the larger block is this (--min-max); 0: none
+    repeat: bool = False  # may a merged block be merged again
+    merges: int | None = None  # how many merges, in the place of a ratio
+
+    name: ClassVar[str] = "concat-merge"
+    paper: ClassVar[str] = "CoMe, arXiv 2510.15304"
+    progressive: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Pair angles and block influence, where CoMe's own choices are asked for."""
+        own = {"pair-angle"} if self.pairs == "own" else set()
+        return frozenset(own | ({"block-influence"} if self.ratio == "own" else set()))
+
+    @property
+    def wants(self) -> frozenset[str]:
+        """Unit scores always; block scores where they choose pairs or shares."""
+        return frozenset({"attention", "mlp"} | ({"block"} if "score" in (self.pairs, self.ratio) else set()))
+
+    def reach(self, shape: ModelShape) -> float:
+        """Return the ratio of merging every block once (or down to one block with ``repeat``)."""
+        count = len(shape.blocks)
+        merges = count - 1 if self.repeat else count // 2
+        return merges * min(shape.block_parameters(b) for b in shape.blocks) / shape.parameters
+
+    def finished(self, plan: PruningPlan, budget: Budget) -> bool:
+        """Whether enough blocks are merged."""
+        if self.merges is not None:
+            return len(plan.shape.blocks) - len(plan.blocks) >= self.merges
+        return budget.met(plan)
+
+    def plan(self, request: PruningRequest) -> PruningPlan:
+        """Merge one pair of the current model."""
+        if self.merges is None:
+            check_reach(self.name, request.budget, self.reach(request.plan.shape))
+        first = self._pair(request)
+        merged, note = self._merge(request, first)
+        blocks = [BlockRecipe(parts=(Part(i),)) for i in range(len(request.shape.blocks))]
+        blocks[first : first + 2] = [merged]
+        return replace(PruningPlan(request.shape, tuple(blocks)), origin={"notes": note})
+
+    def tensors(self, plan: PruningPlan, weights: Weights) -> dict[str, Tensor]:
+        """Return nothing: a concatenation makes no new tensors."""
+        return {}
+
+    def _pair(self, request: PruningRequest) -> int:
+        blocks = request.plan.blocks
+        free = [self.repeat or len(b.parts) < 2 for b in blocks]
+        candidates = [
+            i for i in range(len(blocks) - 1) if free[i] and free[i + 1] and _alike(request.shape.blocks[i : i + 2])
+        ]
+        if not candidates:
+            raise OutOfReach(
+                f"{self.name}: no two neighbouring blocks are left to merge at a ratio of {request.plan.ratio:.4f}; "
+                "set repeat = true to merge merged blocks again"
+            )
+        if request.counting:
+            return candidates[0]
+        if self.pairs == "own":
+            angles = request.statistics["pair-angle"][self.tokens]
+            return min(candidates, key=lambda i: float(angles[i + 1]))
+        scores = _block_scores(request)
+        return min(candidates, key=lambda i: float(scores[i] + scores[i + 1]))
+
+    def _shares(self, request: PruningRequest, first: int) -> tuple[float, float]:
+        """F_merge: r_j = influence_j ^ p / sum, with a floor for the larger one."""
+        if request.counting:
+            return 0.5, 0.5
+        if self.ratio == "own":
+            influence = request.statistics["block-influence"]["clamped"]
+            values = [float(influence[first]), float(influence[first + 1])]
+        else:  # scores of any sign: measured from the lowest block's
+            scores = _block_scores(request)
+            values = [float(scores[i] - scores.min()) for i in (first, first + 1)]
+        powers = [v**self.exponent for v in values]
+        share = powers[0] / sum(powers) if sum(powers) > 0 else 0.5
+        if max(share, 1 - share) < self.floor:
+            share = self.floor if share >= 0.5 else 1 - self.floor
+        return share, 1 - share
+
+    def _merge(self, request: PruningRequest, first: int) -> tuple[BlockRecipe, list[str]]:
+        shares = self._shares(request, first)
+        shapes = request.shape.blocks[first : first + 2]
+        heads = _split(max(b.kv_heads for b in shapes), shares, [b.kv_heads for b in shapes])
+        channels = _split(max(b.channels for b in shapes), shares, [b.channels for b in shapes])
+        parts = []
+        for offset in (0, 1):
+            index = first + offset
+            parts.append(
+                Part(
+                    index,
+                    self._best(request, "attention", index, heads[offset]),
+                    self._best(request, "mlp", index, channels[offset]),
+                )
+            )
+        kept = tuple(p for p in parts if p.kv_heads or p.channels)
+        note = (
+            f"merge {len(request.plan.shape.blocks) - len(request.plan.blocks) + 1}: blocks {first} and {first + 1} share "
+            f"{shares[0]:.3f} : {shares[1]:.3f}, KV heads {heads[0]} + {heads[1]}, channels {channels[0]} + {channels[1]}"
+        )
+        return BlockRecipe(parts=kept, norms=((first, 0.5), (first + 1, 0.5))), [note]
+
+    def _best(self, request: PruningRequest, kind: str, block: int, count: int) -> tuple[int, ...]:
+        if request.counting:
+            return tuple(range(count))
+        scores = getattr(request.scores, kind)
+        if scores is None:
+            raise FlexiError(f"{self.name}: the metric gives no {kind} scores")
+        return tuple(sorted(scores[block].topk(count).indices.tolist()))
+
+
+def _alike(shapes: tuple[BlockShape, ...]) -> bool:
+    a, b = shapes
+    return (a.head_dim, a.group, a.attention_type) == (b.head_dim, b.group, b.attention_type)
+
+
+def _split(total: int, shares: tuple[float, float], available: list[int]) -> tuple[int, int]:
+    """Give the smaller share floor(total x share) units and the larger the rest, as far as each has that many."""
+    small = 0 if shares[0] < shares[1] else 1
+    count = min(int(total * shares[small]), available[small])
+    rest = min(total - count, available[1 - small])
+    return (count, rest) if small == 0 else (rest, count)
+
+
+def _block_scores(request: PruningRequest) -> Tensor:
+    assert request.scores is not None
+    if request.scores.block is None:
+        raise FlexiError("concat-merge: pairs or ratio by score need a metric that gives block scores")
+    return request.scores.block
+
+
+@hookimpl
+def replacement_strategies() -> list[ReplacementStrategy]:
+    """Return the concat-merge strategy."""
+    return [ConcatMerge()]

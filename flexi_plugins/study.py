@@ -1,0 +1,306 @@
+"""A study: every metric x strategy x ratio x seed, stage by stage, resumable. Read this to see how it all fits together.
+
+Statistics of the dense model are taken once for all metrics; scores become plans, cell by cell; all plans are measured
+in one sweep per evaluator; every cell's record is written as soon as it is whole. Whatever is finished is never redone.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import resource
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from flexi_plugins.data import Cell, PluginVersion, PruningPlan, Record, Status, digest
+from flexi_plugins.errors import FlexiError
+from flexi_plugins.evaluation import Measurer
+from flexi_plugins.execution.sweep import Planned
+from flexi_plugins.hookspecs import Candidate, ImportanceMetric, Outcome, ReplacementStrategy
+from flexi_plugins.models import open_model
+from flexi_plugins.plugins import Entry, Plugins
+from flexi_plugins.progress import Progress
+from flexi_plugins.pruner import Calibration, Pruner, incompatible, options_json, own_knob
+from flexi_plugins.report import write_reports
+from flexi_plugins.store import Journal, Store, commit, environment
+from flexi_plugins.studyfile import StudyFile
+
+
+@dataclass
+class Work:
+    """One cell and what becomes of it while the study runs."""
+
+    cell: Cell
+    metric: ImportanceMetric | None
+    strategy: ReplacementStrategy | None
+    planned: Planned | None = None
+    failure: str = ""
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    shared_with: dict[str, int] = field(default_factory=dict)
+
+
+class Study:
+    """One study file in one folder. ``run`` finishes what is not finished and writes the reports."""
+
+    def __init__(
+        self, file: StudyFile, folder: Path, data: Path | None, plugins: Plugins, progress: Progress | None = None
+    ) -> None:
+        self.file, self.folder, self.data, self.plugins = file, folder, data, plugins
+        self.progress = progress or Progress(quiet=True)
+        self.store, self.journal = Store(folder), Journal(folder)
+
+    def run(self) -> list[Record]:
+        """Run every cell that has no complete record; return the records of all cells of the study."""
+        self.check_reach()
+        works = self.works()
+        todo = [w for w in works if not self._is_done(w.cell)]
+        self.progress.say(f"study {self.file.name}: {len(works)} cells, {len(works) - len(todo)} of them done before")
+        if todo:
+            for seed in self.file.seeds:
+                self.make_plans([w for w in todo if w.cell.seed == seed])
+            self.measure(todo)
+            self.journal.clear()
+        records = [r for r in (self.store.get(w.cell) for w in works) if r is not None]
+        write_reports(self.plugins, records, self.folder, self.file.name)
+        return records
+
+    # -- cells
+
+    @cached_property
+    def checkpoint(self) -> Any:
+        """The model, opened once."""
+        return open_model(self.file.model, self.plugins.family).resident()
+
+    @cached_property
+    def pruners(self) -> dict[int, Pruner]:
+        """One pruner a calibration seed."""
+        calibration = Calibration(**self.file.calibration.model_dump())
+        common = {"data": self.data, "dtype": self.file.dtype, "plugins": self.plugins, "progress": self.progress}
+        return {s: Pruner(self.checkpoint, calibration, seed=s, **common) for s in self.file.seeds}
+
+    def check_reach(self) -> None:
+        """Raise one error with every ratio that a strategy cannot meet on this model."""
+        problems = []
+        for strategy, _, ratio in self._methods("strategy"):
+            reach = strategy.object.reach(self.checkpoint.shape)
+            if ratio > reach and not own_knob(strategy.object):
+                problems.append(
+                    f"{strategy.object.name}: ratio {ratio:g} is out of reach on {self.file.model}; it reaches up to {reach:.4f}"
+                )
+        if problems:
+            raise FlexiError("\n".join(dict.fromkeys(problems)))
+
+    def _methods(self, kind: str) -> Iterator[tuple[Entry, dict[str, Any], float]]:
+        for method in self.file.metrics if kind == "metric" else self.file.strategies:
+            entry = self.plugins.entry(kind, method.name, method.options)
+            for ratio in method.ratios or self.file.ratios:
+                yield entry, method.options, ratio
+
+    def works(self) -> list[Work]:
+        """Return the cells of the study, the dense model first."""
+        works = [self._dense()] if self.file.dense else []
+        for seed in self.file.seeds:
+            for metric in self.file.metrics:
+                chosen = self.plugins.entry("metric", metric.name, metric.options)
+                for strategy, _, ratio in self._methods("strategy"):
+                    if metric.ratios is None or ratio in metric.ratios:
+                        works.append(self._work(chosen, strategy, ratio, seed))
+        return works
+
+    def _dense(self) -> Work:
+        return Work(self._cell(None, None, 0.0, self.file.seeds[0]), None, None)
+
+    def _work(self, metric: Entry, strategy: Entry, ratio: float, seed: int) -> Work:
+        return Work(self._cell(metric, strategy, ratio, seed), metric.object, strategy.object)
+
+    def _cell(self, metric: Entry | None, strategy: Entry | None, ratio: float, seed: int) -> Cell:
+        pruner = self.pruners[seed]
+        options: dict[str, Any] = {"dtype": str(pruner.dtype), "evaluation": self._evaluation}
+        used = [self.plugins.entry("evaluator", m.evaluator) for m in self.file.evaluation]
+        if metric and strategy:
+            options |= {"metric": options_json(metric.object), "strategy": options_json(strategy.object)}
+            options["calibration"] = self.file.calibration.model_dump()
+            used += [metric, strategy]
+            used += [self.plugins.entry("statistic", s) for s in sorted(metric.object.needs | strategy.object.needs)]
+        return Cell(
+            model=self.file.model,
+            fingerprint=self.checkpoint.fingerprint(),
+            corpus_hash=pruner.texts[2] if metric else "",
+            metric=metric.object.name if metric else None,
+            strategy=strategy.object.name if strategy else None,
+            ratio=ratio,
+            recovery="none",
+            seed=seed,
+            options=json.dumps(options, sort_keys=True),
+            plugins=tuple(sorted({e.provenance for e in used}, key=_provenance_order)),
+        )
+
+    @cached_property
+    def _evaluation(self) -> list[dict[str, Any]]:
+        """The evaluators' options, with a digest of what each of them reads, where it can tell."""
+        described = []
+        corpora = {n: e.object for n, e in self.plugins.entries("corpus").items()}
+        for measure in self.file.evaluation:
+            evaluator = self.plugins.get("evaluator", measure.evaluator, measure.options)
+            inputs = evaluator.inputs(self.data, corpora) if hasattr(evaluator, "inputs") else ""
+            described.append({"evaluator": measure.evaluator, **options_json(evaluator), "inputs": inputs})
+        return described
+
+    def _is_done(self, cell: Cell) -> bool:
+        record = self.store.get(cell)
+        return record is not None and record.status != "failed"
+
+    # -- plans
+
+    def make_plans(self, works: Sequence[Work]) -> None:
+        """Make the plans of one seed's cells; a cell that fails is recorded, the others go on."""
+        cells = [w for w in works if w.metric and w.strategy]
+        for work in works:
+            if work not in cells:
+                work.planned = Planned(PruningPlan.identity(self.checkpoint.shape))
+        missing = [w for w in cells if not self._plan_from_store(w) and not self._declared_incompatible(w)]
+        if not missing:
+            return
+        pruner = self.pruners[missing[0].cell.seed]
+        with self._timed(missing, "statistics"):
+            pruner.calibrate(n for w in missing for n in w.metric.needs | w.strategy.needs)
+        with self.progress.stage(f"planning {len(missing)} cells (seed {pruner.seed})", len(missing)) as advance:
+            for work in missing:
+                with self._caught(work), self._timed([work], "plan"):
+                    self._make_plan(pruner, work)
+                advance(1)
+        pruner.calibrator.forget([])
+
+    def _make_plan(self, pruner: Pruner, work: Work) -> None:
+        assert work.metric is not None
+        assert work.strategy is not None
+        plan = pruner.plan(work.metric, work.strategy, work.cell.ratio)
+        work.planned = pruner.attach(plan)
+        self.store.write_plan(self._plan_key(work.cell), work.planned.plan, work.planned.attached)
+
+    def _plan_from_store(self, work: Work) -> bool:
+        stored = self.store.read_plan(self._plan_key(work.cell))
+        if stored is not None:
+            work.planned = Planned(*stored)
+        return stored is not None
+
+    def _plan_key(self, cell: Cell) -> str:
+        """Digest of what the plan depends on: all of the cell but its evaluation."""
+        options = {k: v for k, v in json.loads(cell.options).items() if k != "evaluation"}
+        plugins = tuple(p for p in cell.plugins if p.kind != "evaluator")
+        return replace(cell, options=json.dumps(options, sort_keys=True), plugins=plugins).hash
+
+    def _declared_incompatible(self, work: Work) -> bool:
+        assert work.metric is not None
+        assert work.strategy is not None
+        reason = incompatible(work.metric, work.strategy)
+        if reason:
+            self._write(work, "incompatible", reason)
+        return reason is not None
+
+    # -- measurements
+
+    def measure(self, works: Sequence[Work]) -> None:
+        """Measure every planned cell: shared sweeps first, then what is measured one model at a time; write records."""
+        for work in works:
+            if work.failure:
+                self._write(work, "failed", work.failure)
+        ready = [w for w in works if w.planned is not None and not w.failure]
+        groups: dict[str, list[Work]] = {}
+        for work in ready:
+            assert work.planned is not None
+            groups.setdefault(work.planned.plan.hash, []).append(work)
+        if not ready:
+            return
+        measurer = Measurer(
+            self.pruners[self.file.seeds[0]], self.journal, self.folder, [g[0].planned for g in groups.values()]
+        )
+        together = [m for m in self.file.evaluation if measurer.together(m)]
+        for measure in together:
+            with self._timed(ready, measure.evaluator):
+                outcomes = measurer.run(measure, [_candidate(g[0]) for g in groups.values()])
+            for group, outcome in zip(groups.values(), outcomes, strict=True):
+                for work in group:
+                    work.outcomes[_key(measure)] = outcome
+        self._measure_alone(measurer, list(groups.values()), [m for m in self.file.evaluation if m not in together])
+
+    def _measure_alone(self, measurer: Measurer, groups: Sequence[Sequence[Work]], measures: Sequence[Any]) -> None:
+        title = (
+            f"measuring {', '.join(m.evaluator for m in measures)}, one model at a time"
+            if measures
+            else "writing records"
+        )
+        with self.progress.stage(title, len(groups)) as advance:
+            for group in groups:
+                for measure in measures:
+                    with self._timed(group, measure.evaluator):
+                        outcome = measurer.run_alone(measure, _candidate(group[0]))
+                    for work in group:
+                        work.outcomes[_key(measure)] = outcome
+                for work in group:
+                    failures = [f"{k}: {o.failure}" for k, o in work.outcomes.items() if o.failure]
+                    self._write(work, "failed" if failures else "complete", "; ".join(failures))
+                advance(1)
+
+    # -- records
+
+    def _write(self, work: Work, status: Status, reason: str = "") -> None:
+        revision, dirty = commit()
+        record = Record(
+            cell=work.cell,
+            status=status,
+            reason=reason,
+            measurements=tuple(m for o in work.outcomes.values() for m in o.measurements),
+            plan=work.planned.plan if work.planned else None,
+            seconds={k: round(v, 3) for k, v in work.seconds.items()},
+            shared_with=work.shared_with,
+            peak_memory_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
+            versions=environment(),
+            commit=revision,
+            dirty=dirty,
+            date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        )
+        self.store.write(record, {k: o.documents for k, o in work.outcomes.items()})
+
+    @contextmanager
+    def _timed(self, works: Sequence[Work], stage: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        for work in works:
+            work.seconds[stage] = work.seconds.get(stage, 0.0) + time.monotonic() - start
+            if len(works) > 1:
+                work.shared_with[stage] = len(works)
+
+    @contextmanager
+    def _caught(self, work: Work) -> Iterator[None]:
+        """Turn an exception into the cell's failure, as text: a kept exception would keep the model alive."""
+        try:
+            yield
+        except Exception as error:  # a plugin may fail in any way, and the other cells go on
+            known = isinstance(error, FlexiError)
+            work.failure = str(error) if known else f"{type(error).__name__}: {error}"
+            self.progress.say(f"{work.cell.label} failed: {work.failure}")
+            if not known:
+                folder = self.folder / "failures"
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / f"{work.cell.label}.txt").write_text(traceback.format_exc())
+
+
+def _candidate(work: Work) -> Candidate:
+    assert work.planned is not None
+    return Candidate(work.cell.label, work.planned.plan)
+
+
+def _key(measure: Any) -> str:
+    return measure.evaluator if not measure.options else f"{measure.evaluator}-{digest(measure.model_dump())[:6]}"
+
+
+def _provenance_order(version: PluginVersion) -> tuple[str, str]:
+    return version.kind, version.name

@@ -1,0 +1,1 @@
+"""What third parties test with: the conformance kit and tiny models."""

@@ -1,0 +1,262 @@
+"""Leaderboard and Pareto picture: what they say follows from the records alone."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import warnings
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import pytest
+
+from flexi_plugins import store
+from flexi_plugins.data import BlockShape, Cell, Measurement, ModelShape, PluginVersion, PruningPlan, Record
+from flexi_plugins.plugins import Plugins
+from flexi_plugins.reports import pareto, ranking
+from flexi_plugins.reports.pareto import Pareto
+from flexi_plugins.reports.table import Csv, Markdown
+
+SHAPE = ModelShape((BlockShape(9, 3, 64, 1536),) * 10, hidden=576, vocabulary=4096, tied=True)
+PLUGIN = PluginVersion("metric", "come", "flexi-plugins", "0.1.0")
+PERPLEXITY = "wikitext2_ppl@2048"
+
+
+def record(metric, strategy, ratio=0.2, seed=0, perplexity=50.0, accuracy=0.4, options=None, **changes):
+    everywhere = {"calibration": {"windows": 64}, "evaluation": {"window": 2048}}
+    text = json.dumps({**everywhere, **(options or {})}, sort_keys=True)
+    cell = Cell("tiny", "f" * 64, "c" * 64, metric, strategy, ratio, "none", seed, text, (PLUGIN,))
+    measurements = (
+        Measurement(PERPLEXITY, perplexity, False, 0.5),
+        Measurement("boolq_choice_logprob", -0.6, True),
+        Measurement("boolq_acc", accuracy, True, 0.02, 0.25),
+        Measurement("stored_parameters", 1.0, False),
+        Measurement("decode_tokens_per_second@b8", 123.4, True),
+        Measurement("peak_memory_mib", 1500.0, False),
+    )
+    made = {
+        "measurements": measurements,
+        "plan": PruningPlan.keep(SHAPE, range(round(10 * (1 - ratio)))),
+        "versions": {"torch": "2.13.0", "machine": "a CPU, 2 cores", "system": "Linux 6"},
+        "commit": "0123456789abcdef",
+        "date": "2025-01-02T03:04:05",
+    }
+    return Record(cell, **{"status": "complete", **made, **changes})
+
+
+def dense(**changes):
+    return record(None, None, 0.0, perplexity=31.8, accuracy=0.6, **changes)
+
+
+RECORDS = [
+    record("come", "remove-blocks", perplexity=60.0),
+    record("saap", "remove-blocks", perplexity=44.25, accuracy=0.28),
+    record("flexigpt", "remove-units", ratio=0.3, perplexity=90.0),
+    record("come", "remove-units", status="failed", reason="perplexity is NaN |\nblock 7", measurements=(), plan=None),
+    record(
+        "saap", "share-lora", status="incompatible", reason="share-lora wants block scores", measurements=(), plan=None
+    ),
+    dense(),
+]
+
+
+def markdown(records):
+    return Markdown().render(store.rows(records), "demo")
+
+
+def table(page, heading):
+    """Return the first table under a heading: one dictionary a row."""
+    part = page.split(f"## {heading}\n", 1)[1].split("\n## ")[0]
+    lines = [[c.strip() for c in line.strip("|").split(" | ")] for line in part.splitlines() if line.startswith("| ")]
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+
+
+# ------------------------------------------------------------------------------------------- markdown
+
+
+def test_each_ratio_is_ranked_by_itself_below_the_dense_model():
+    page = markdown(RECORDS)
+    first, second = table(page, "Quality at ratio 0.2"), table(page, "Quality at ratio 0.3")
+    assert [(r["#"], r["metric"], r[PERPLEXITY]) for r in first] == [
+        ("", "**dense**", "31.80 ± 0.500"),
+        ("1", "saap", "44.25 ± 0.500"),
+        ("2", "come", "60.00 ± 0.500"),
+    ]
+    assert [(r["#"], r["metric"]) for r in second] == [("", "**dense**"), ("1", "flexigpt")]
+
+
+def test_accuracies_stand_beside_error_and_chance_and_are_marked_at_chance():
+    rows = table(markdown(RECORDS), "Quality at ratio 0.2")
+    assert [r["boolq_acc %"] for r in rows] == ["60.0 ± 2.0 (25)", "~28.0 ± 2.0 (25)", "40.0 ± 2.0 (25)"]
+    assert "1 of 4 accuracies are not two standard errors above guessing" in markdown(RECORDS)
+
+
+def test_cells_without_a_result_stand_at_the_end_with_their_reason():
+    rows = table(markdown(RECORDS), "Without a result")
+    assert [(r["metric"], r["strategy"], r["status"]) for r in rows] == [
+        ("come", "remove-units", "failed"),
+        ("saap", "share-lora", "incompatible"),
+    ]
+    assert rows[0]["reason"] == r"perplexity is NaN \| block 7"
+    assert "2 of 6 cells have no result" in markdown(RECORDS)
+
+
+def test_several_seeds_become_mean_and_deviation():
+    values = (50.0, 54.0, 61.0)
+    seeds = [record("come", "remove-blocks", seed=s, perplexity=v) for s, v in enumerate(values)]
+    lost = record("come", "remove-blocks", seed=3, status="failed", reason="killed", measurements=(), plan=None)
+    page = markdown([dense(), *seeds, lost])
+    (_, row) = table(page, "Quality at ratio 0.2")
+    assert (row["seeds"], row[PERPLEXITY], row["boolq_acc %"]) == ("3", "55.00 ± 5.568", "40.0 ± 0.0 (25)")
+    assert table(page, "Without a result")[0]["seed"] == "3"
+    assert "one seed" not in page
+    assert "one seed" in markdown(RECORDS)
+
+
+def test_options_tell_rows_apart_and_are_not_taken_for_seeds():
+    def merged(**options):
+        return record("come", "concat-merge", options={"strategy": options})
+
+    page = markdown([dense(), merged(repeat=True, pairs="own"), merged(repeat=False, pairs="own")])
+    rows = table(page, "Quality at ratio 0.2")[1:]
+    assert sorted(r["variant"] for r in rows) == ["repeat=false", "repeat=true"]
+    assert "- strategy concat-merge: pairs own" in page
+
+
+def test_the_head_says_where_the_numbers_come_from():
+    page = markdown(RECORDS)
+    for line in (
+        "- model: tiny (ffffffffffff)",
+        "- date: 2025-01-02",
+        "- machine: a CPU, 2 cores; Linux 6",
+        "- versions: torch 2.13.0",
+        "- code: commit 0123456789ab",
+        "- corpus: cccccccccccc",
+        "- seeds: 0",
+        "- calibration: windows 64",
+        "- evaluation: window 2048",
+    ):
+        assert f"\n{line}\n" in page
+    assert "differ in" not in page
+
+
+def test_records_of_different_origin_are_pointed_out():
+    page = markdown([dense(), record("come", "remove-blocks", versions={"torch": "2.14"}, commit="fed", dirty=True)])
+    assert "the records differ in torch, commit" in page
+    assert "changes that are not committed" in page
+
+
+def test_sizes_come_from_the_plan_and_speeds_from_measurements():
+    rows = table(markdown(RECORDS), "Size and speed")
+    assert RECORDS[0].plan is not None
+    assert rows[1]["stored M"] == f"{RECORDS[0].plan.stored_parameters / 1e6:.2f}"
+    assert (rows[1]["decode tok/s b8"], rows[1]["peak memory MiB"]) == ("123.4", "1,500")
+
+
+def test_many_measurements_go_into_several_tables():
+    many = tuple(Measurement(f"task{i}_acc", 0.5, True, 0.01, 0.25) for i in range(14))
+    page = markdown([dense(), replace(RECORDS[0], measurements=(*RECORDS[0].measurements, *many))])
+    part = page.split("## Quality at ratio 0.2")[1].split("\n## ")[0]
+    headers = [line for line in part.splitlines() if line.startswith("| #")]
+    assert len(headers) == 3
+    assert sum(line.count("task") for line in headers) == 14
+    assert "–" in part, "what was not measured is a dash"
+
+
+@pytest.mark.parametrize("records", [[], [RECORDS[3]], [dense()]])
+def test_little_is_rendered_without_complaint(records):
+    rows = store.rows(records)
+    assert Markdown().render(rows, "demo").startswith("# demo\n")
+    assert Csv().render(rows, "demo").startswith("rank,")
+    ElementTree.fromstring(Pareto().render(rows, "demo"))
+
+
+def test_without_perplexity_the_choice_decides():
+    def chosen(made, *values):
+        tasks = tuple(Measurement(f"t{i}_choice_logprob", v, True) for i, v in enumerate(values))
+        return replace(made, measurements=tasks)
+
+    come, saap = record("come", "remove-blocks"), record("saap", "remove-blocks")
+    records = [chosen(dense(), -0.1, -0.1), chosen(come, -1.0, -0.9), chosen(saap, -1.2, -0.2)]
+    rows = table(markdown(records), "Quality at ratio 0.2")
+    assert [r["metric"] for r in rows[1:]] == ["saap", "come"]
+
+
+# ------------------------------------------------------------------------------------------------ csv
+
+
+def test_csv_holds_every_number_in_full():
+    seeds = [record("come", "remove-units", seed=s, perplexity=100 / 3 + s) for s in range(2)]
+    rows = list(csv.DictReader(io.StringIO(Csv().render(store.rows([*RECORDS, *seeds]), "demo"))))
+    (row,) = (r for r in rows if r["seeds"] == "0 1")
+    assert (row["rank"], float(row[PERPLEXITY])) == ("1", 100 / 3 + 0.5)
+    assert math.isclose(float(row[f"{PERPLEXITY}_sd"]), math.sqrt(0.5))
+    assert float(row["boolq_acc_chance"]) == 0.25
+    assert [r["status"] for r in rows[-2:]] == ["failed", "incompatible"]
+
+
+# -------------------------------------------------------------------------------------------- picture
+
+
+def test_the_picture_is_deterministic():
+    rows, reverse = store.rows(RECORDS), store.rows(RECORDS[::-1])
+    assert Pareto().render(rows, "demo") == Pareto().render(reverse, "demo")
+
+
+def test_the_picture_has_a_mark_for_each_finished_cell_and_names_for_all():
+    svg = Pareto().render(store.rows(RECORDS), "demo")
+    root = ElementTree.fromstring(svg)
+    marks = [g for g in root.iter("{http://www.w3.org/2000/svg}g") if g.get("id", "").startswith("PathCollection")]
+    assert len(marks) == 4
+    for text in ("demo", "dense", "come", "saap", "flexigpt", "remove-blocks", "remove-units", "frontier"):
+        assert f"<!-- {text} -->" in svg
+    assert "share-lora" not in svg
+    assert "dc:date" not in svg
+
+
+def test_the_picture_leaves_global_settings_alone():
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Pareto().render(store.rows(RECORDS), "demo")
+    assert dict(matplotlib.rcParams) == before
+
+
+@pytest.mark.parametrize("values", [(30.0, 31.0), (30.0, 400.0), (30.0, 9e5), (30.0, 30.0), (5.0, 1e12)])
+def test_the_perplexity_axis_has_readable_ticks(values):
+    points = [{**ranked_row(v), "x": 1.0 + i, "y": v} for i, v in enumerate(values)]
+    figure = pareto._figure(points, PERPLEXITY, "demo")
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    low, high = axes.get_ylim()
+    assert 1 <= sum(low <= t <= high for t in axes.get_yticks()) <= 14
+
+
+def ranked_row(value):
+    return store.rows([record("come", "remove-blocks", perplexity=value)]).iloc[0].to_dict()
+
+
+def test_the_frontier_is_what_nothing_else_beats():
+    points = [(1.0, 9.0), (2.0, 5.0), (2.0, 4.0), (3.0, 4.0), (3.5, 7.0), (4.0, 1.0), (1.0, 9.0)]
+    assert pareto.frontier(points) == [(1.0, 9.0), (2.0, 4.0), (4.0, 1.0)]
+
+
+# ------------------------------------------------------------------------------------------- contract
+
+
+def test_the_formats_are_plugins():
+    loaded = Plugins.load(("flexi_plugins.reports.table", "flexi_plugins.reports.pareto"))
+    files = {name: entry.object.filename for name, entry in loaded.entries("report").items()}
+    assert files == {"csv": "LEADERBOARD.csv", "markdown": "LEADERBOARD.md", "pareto": "pareto.svg"}
+
+
+def test_names_are_sorted_into_kinds():
+    names = ["python-docs_ppl@512", "boolq_acc", "arc_acc_norm", "average_acc", "arc_choice_logprob", "peak_memory_mib"]
+    assert ranking.perplexities(names) == names[:1]
+    assert ranking.accuracies(names) == names[1:4]
+    assert ranking.choices(names) == names[4:5]
+    assert ranking.speeds(names) == names[5:]
