@@ -6,7 +6,7 @@ A later step of a progressive strategy starts at the first block that changed: s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -187,7 +187,7 @@ class _ForwardObserver:
         last[:, -1] = True
 
         def weight(role: str, present: int) -> Tensor | None:
-            return block.get_submodule(family.ROLES[role]).weight if present else None
+            return cast(Tensor, block.get_submodule(family.ROLES[role]).weight) if present else None
 
         trace = BlockTrace(
             index=position,

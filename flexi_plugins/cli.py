@@ -189,15 +189,14 @@ def evaluate(
     from flexi_plugins.evaluation import Measurer
     from flexi_plugins.execution.likelihoods import NoJournal
     from flexi_plugins.hookspecs import Candidate
-    from flexi_plugins.studyfile import Measure
 
     measures = []
     if perplexity:
-        measures.append(Measure(evaluator="perplexity", corpus=perplexity, window=window, tokens=tokens))
+        measures.append(_measure("perplexity", corpus=perplexity, window=window, tokens=tokens))
     if tasks:
-        measures.append(Measure(evaluator="lm-eval", tasks=tasks.split(","), limit=limit))
+        measures.append(_measure("lm-eval", tasks=tasks.split(","), limit=limit))
     if efficiency:
-        measures.append(Measure(evaluator="efficiency"))
+        measures.append(_measure("efficiency"))
     pruner = _pruner(model, "python-docs", 0, data, dtype)
     shape = pruner.checkpoint.shape
     planned = pruner.attach(_read_plan(plan_file, pruner) if plan_file else PruningPlan.identity(shape))
@@ -205,7 +204,7 @@ def evaluate(
 
     with tempfile.TemporaryDirectory(prefix="flexi-eval-") as folder:
         measurer = Measurer(pruner, NoJournal(), Path(folder), [planned])
-        outcomes = [measurer.run(m, [Candidate(model, planned.plan)])[0] for m in measures]
+        outcomes = [next(measurer.run(m, [Candidate(model, planned.plan)])) for m in measures]
     _show_outcomes(outcomes, as_json)
 
 
@@ -231,10 +230,8 @@ def report(
     records = store.records()
     for problem in store.problems:
         typer.echo(problem, err=True)
-    if publish_to:
-        files = publish(plugins, folder, publish_to)
-    else:
-        files = write_reports(plugins, records, folder, folder.resolve().name)
+    title = folder.resolve().name
+    files = publish(plugins, folder, publish_to) if publish_to else write_reports(plugins, records, folder, title)
     if as_json:
         _print_json({"records": [r.to_json() for r in records], "files": [str(f) for f in files]})
     else:
@@ -320,6 +317,12 @@ def _plugins() -> Plugins:
     for problem in plugins.problems:
         typer.echo(problem, err=True)
     return plugins
+
+
+def _measure(evaluator: str, **options: Any) -> Any:
+    from flexi_plugins.studyfile import Measure
+
+    return Measure.model_validate({"evaluator": evaluator, **options})
 
 
 def _progress() -> Progress:
@@ -492,6 +495,7 @@ def _print_json(value: Any) -> None:
 def main() -> None:
     """Run the command line; a user's error is one message and exit status 2, an interrupt is 130."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads cost a shared machine several times the work
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from flexi_plugins.errors import FlexiError
 
@@ -145,7 +146,7 @@ class Family:
     output_bias: str | bool = False
     mlp_bias: str | bool = False
 
-    ROLES = {
+    ROLES: ClassVar[Mapping[str, str]] = {
         "query": "self_attn.q_proj",
         "key": "self_attn.k_proj",
         "value": "self_attn.v_proj",
@@ -607,7 +608,7 @@ def _check_gain(where: str, value: float) -> None:
 def _check_indices(where: str, indices: tuple[int, ...] | None, width: int) -> None:
     if indices is None:
         return
-    if any(a >= b for a, b in zip(indices, indices[1:], strict=False)):
+    if any(a >= b for a, b in itertools.pairwise(indices)):
         raise FlexiError(f"{where}: indices must ascend without repetition")
     if indices and (indices[0] < 0 or indices[-1] >= width):
         raise FlexiError(f"{where}: expected indices in 0..{width - 1}, found {indices[0]}..{indices[-1]}")
@@ -656,8 +657,8 @@ def _recipe_from_json(value: Mapping[str, Any]) -> BlockRecipe:
         return tuple(part[key]) if part.get(key) is not None else None
 
     parts = tuple(Part(p["source"], indices(p, "kv_heads"), indices(p, "channels")) for p in value.get("parts", ()))
-    weighted = {k: tuple((int(s), float(c)) for s, c in value.get(k, ())) for k in ("mix", "norms")}
-    rest = {k: v for k, v in value.items() if k not in ("parts", "mix", "norms")}
+    weighted: dict[str, Any] = {k: tuple((int(s), float(c)) for s, c in value.get(k, ())) for k in ("mix", "norms")}
+    rest: dict[str, Any] = {k: v for k, v in value.items() if k not in ("parts", "mix", "norms")}
     return BlockRecipe(parts=parts, **weighted, **rest)
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from flexi_plugins.data import Measurement, digest
 from flexi_plugins.execution.likelihoods import AnswerJournal, likelihoods
 from flexi_plugins.execution.sweep import Planned, Sweeper
 from flexi_plugins.hookspecs import Candidate, EvaluationRequest, Outcome
@@ -25,35 +23,15 @@ class Measurer:
         self.planned: dict[str, Planned] = {p.plan.hash: p for p in planned}
         self.sweeper = Sweeper(pruner.blocks)
 
-    def together(self, measure: Measure) -> bool:
-        """Whether an evaluator measures all candidates at once (in one sweep)."""
-        return getattr(self._evaluator(measure), "together", True)
-
-    def run(self, measure: Measure, candidates: Sequence[Candidate]) -> list[Outcome]:
-        """Measure candidates together; an evaluator that raises fails them all, with its reason."""
-        scratch = Path(tempfile.mkdtemp(prefix="exports-", dir=self._made(self.folder)))
+    def run(self, measure: Measure, candidates: Sequence[Candidate]) -> Iterator[Outcome]:
+        """Yield the outcome of each candidate, in their order."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix="exports-", dir=self.folder))
+        evaluator = self.pruner.plugins.get("evaluator", measure.evaluator, measure.options)
         try:
-            return self._evaluator(measure).evaluate(self._request(candidates, scratch))
+            yield from evaluator.evaluate(self._request(candidates, scratch))
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-
-    def run_alone(self, measure: Measure, candidate: Candidate) -> Outcome:
-        """Measure one candidate; what was measured before a kill is taken from the journal."""
-        key = digest([measure.model_dump(), self.pruner.checkpoint.fingerprint(), str(self.pruner.dtype)])
-        kept = self.journal.get(candidate.plan.hash, key)
-        if kept is not None:
-            return Outcome(tuple(Measurement(**m) for m in kept))
-        outcome = self.run(measure, [candidate])[0]
-        if outcome.failure is None and not outcome.documents:
-            self.journal.put(candidate.plan.hash, key, [asdict(m) for m in outcome.measurements])
-        return outcome
-
-    def _evaluator(self, measure: Measure) -> Any:
-        return self.pruner.plugins.get("evaluator", measure.evaluator, measure.options)
-
-    def _made(self, folder: Path) -> Path:
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
 
     def _request(self, candidates: Sequence[Candidate], scratch: Path) -> EvaluationRequest:
         chosen = [self.planned[c.plan.hash] for c in candidates]
@@ -74,13 +52,17 @@ class Measurer:
             data=pruner.data,
             seed=pruner.seed,
             dtype=str(pruner.dtype).removeprefix("torch."),
+            max_length=pruner.checkpoint.config.max_position_embeddings,
         )
 
 
 def _exporter(pruner: Pruner, planned: Sequence[Planned], scratch: Path) -> Callable[[int], Path]:
     def export(index: int) -> Path:
+        """Write a candidate's folder; the one before it goes, so that the disk holds one at a time."""
         folder = scratch / str(index)
         if not folder.exists():
+            for other in scratch.iterdir():
+                shutil.rmtree(other)
             pruner.write(planned[index], folder)
         return folder
 

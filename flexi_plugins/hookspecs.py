@@ -133,8 +133,14 @@ class Evaluator(Protocol):
 
     name: ClassVar[str]
 
-    def evaluate(self, request: EvaluationRequest) -> list[Outcome]:
-        """Return one outcome a candidate, in their order."""
+    def check(self) -> None:
+        """Raise a FlexiError for options that cannot work; called before anything is loaded."""
+
+    def inputs(self, data: Path | None, corpora: Mapping[str, Corpus]) -> str:
+        """Return a digest of the text or tasks it would read, so that a record made on other data is not reused."""
+
+    def evaluate(self, request: EvaluationRequest) -> Iterable[Outcome]:
+        """Yield one outcome a candidate, in their order, as soon as it is known: what is yielded is kept after a kill."""
 
 
 class Statistic(Protocol):
@@ -346,8 +352,13 @@ class EvaluationRequest:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an evaluator found about one candidate. ``failure`` says why there is no number, if there is none."""
+    """What an evaluator found about one candidate.
+
+    documents: per-document outcomes, one flat mapping each. failure says why there is no number, if there is none.
+    versions: what the numbers depend on beside installed packages (task versions), for the record.
+    """
 
     measurements: tuple[Measurement, ...] = ()
-    documents: tuple[Mapping[str, Any], ...] = ()  # per-document outcomes, one flat mapping each
+    documents: tuple[Mapping[str, Any], ...] = ()
     failure: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -93,7 +93,7 @@ class AdaptedLinear(nn.Module):
         self._donor = (donor,)
         rows, columns = donor.weight.shape
         rank = min(rank, rows, columns)
-        kind = {"dtype": dtype or donor.weight.dtype, "device": donor.weight.device}
+        kind: dict[str, Any] = {"dtype": dtype or donor.weight.dtype, "device": donor.weight.device}
         if rank:
             self.lora_a = nn.Parameter(torch.zeros(rows, rank, **kind))
             self.lora_b = nn.Parameter(torch.zeros(rank, columns, **kind))
@@ -145,15 +145,19 @@ class AbsentMlp(nn.Module):
 
 
 def _normalise_attention(module: nn.Module, _: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (module.output_norm(output[0]), *output[1:])
+    return (cast(Any, module).output_norm(output[0]), *output[1:])
 
 
 def _normalise_mlp(module: nn.Module, _: Any, output: Tensor) -> Tensor:
-    return module.output_norm(output)
+    return cast(Any, module).output_norm(output)
 
 
 def _scale_input(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (arguments[0] * module.input_gain, *arguments[1:])
+    return (arguments[0] * float(cast(Any, module).input_gain), *arguments[1:])
+
+
+def _linear(block: nn.Module, path: str) -> nn.Linear:
+    return cast(nn.Linear, block.get_submodule(path))
 
 
 def layer_class(config: PreTrainedConfig, family: Family) -> type[nn.Module]:
@@ -198,7 +202,7 @@ def build_block(
         assert donor is not None, "a sharing block is built after its donor"
         _share(block, family, spec, donor)
     if spec.gain != 1.0:
-        block.input_gain = spec.gain
+        block.__dict__["input_gain"] = spec.gain  # a plain number, not a buffer: it is in the configuration
         block.register_forward_pre_hook(_scale_input)
     return block
 
@@ -210,12 +214,12 @@ def _share(block: nn.Module, family: Family, spec: BlockSpec, donor: nn.Module) 
         if path.startswith(family.mlp + ".") and not spec.shape.channels:
             continue
         parent, _, name = path.rpartition(".")
-        setattr(block.get_submodule(parent), name, AdaptedLinear(donor.get_submodule(path), spec.rank))
+        setattr(block.get_submodule(parent), name, AdaptedLinear(_linear(donor, path), spec.rank))
     if not spec.output_norm:
         return
     for name, hook in ((family.attention, _normalise_attention), (family.mlp, _normalise_mlp)):
         layer = getattr(block, name)
-        weight = donor.get_submodule(family.ROLES["down" if name == family.mlp else "attention_output"]).weight
+        weight = _linear(donor, family.ROLES["down" if name == family.mlp else "attention_output"]).weight
         layer.output_norm = OutputNorm(weight.shape[0], dtype=weight.dtype, device=weight.device)
         layer.register_forward_hook(hook)
 
@@ -282,8 +286,8 @@ class FlexiForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: FlexiConfig) -> None:
         super().__init__(config)

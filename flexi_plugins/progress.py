@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 Advance = Callable[[int], None]
+SECONDS_BETWEEN_LINES = 20
 
 
 class Progress:
@@ -26,19 +27,29 @@ class Progress:
     def stage(self, title: str, total: int | None = None) -> Iterator[Advance]:
         """Yield ``advance(n)`` for a stage of ``total`` steps; the time it took is printed when it ends."""
         start = time.monotonic()
-        bar = self._bar() if self.console.is_terminal else None
-        if bar is None:
-            self.say(f"{title} ...")
-            yield lambda n=1: None
-        else:
-            with bar:
+        if self.console.is_terminal:
+            with self._bar() as bar:
                 task: Any = bar.add_task(title, total=total)
-                yield lambda n=1: bar.advance(task, n)
+
+                def advance(n: int = 1) -> None:
+                    bar.advance(task, n)
+
+                yield advance
+        else:
+            self.say(f"{title} ...")
+            yield _Lines(self.say, title, total)
         self.say(f"{title}: {time.monotonic() - start:.1f} s")
 
     def _bar(self) -> Any:
-        from rich.progress import BarColumn, Progress as Bars, SpinnerColumn, TaskProgressColumn, TextColumn
-        from rich.progress import TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            SpinnerColumn,
+            TaskProgressColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+        from rich.progress import Progress as Bars
 
         columns = (
             TextColumn("{task.description}"),
@@ -48,3 +59,21 @@ class Progress:
             TextColumn("left"),
         )
         return Bars(SpinnerColumn(), *columns, TimeRemainingColumn(), console=self.console, transient=True)
+
+
+class _Lines:
+    """Reports a stage where there is no terminal: a line now and then, with the time that is left."""
+
+    def __init__(self, say: Callable[[str], None], title: str, total: int | None) -> None:
+        self.say, self.title, self.total = say, title, total
+        self.done = 0
+        self.start = self.last = time.monotonic()
+
+    def __call__(self, n: int = 1) -> None:
+        self.done += n
+        now = time.monotonic()
+        if not self.total or now - self.last < SECONDS_BETWEEN_LINES or self.done >= self.total:
+            return
+        self.last = now
+        left = (now - self.start) * (self.total - self.done) / self.done
+        self.say(f"{self.title}: {self.done / self.total:.0%}, about {left:.0f} s left")

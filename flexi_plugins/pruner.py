@@ -129,21 +129,21 @@ class Pruner:
         say: Callable[[str], None] = lambda text: None,
     ) -> PruningPlan:
         """Return the plan of a metric and a strategy at a ratio; no weight is changed and no new tensor made."""
-        chosen, strategy = self._plugin("metric", metric), self._plugin("strategy", strategy)
-        check_compatible(chosen, strategy)
+        chosen, replacement = self._plugin("metric", metric), self._plugin("strategy", strategy)
+        check_compatible(chosen, replacement)
         plan = PruningPlan.identity(self.checkpoint.shape)
         budget = Budget(plan.shape.parameters, ratio)
         steps = 0
         while True:
-            request = self._request(Planned(plan), budget, chosen.needs | strategy.needs)
+            request = self._request(Planned(plan), budget, chosen.needs | replacement.needs)
             request = replace(request, scores=self._scores(chosen, request))
-            plan = plan.compose(strategy.plan(request))
+            plan = plan.compose(replacement.plan(request))
             steps += 1
             say(f"step {steps}: {len(plan.blocks)} blocks, ratio {plan.ratio:.4f}")
-            if not strategy.progressive or strategy.finished(plan, budget):
+            if not replacement.progressive or replacement.finished(plan, budget):
                 break
         self.calibrator.forget([PruningPlan.identity(self.checkpoint.shape)])
-        return replace(plan, origin={**origin(chosen, strategy, ratio), **plan.origin})
+        return replace(plan, origin={**origin(chosen, replacement, ratio), **plan.origin})
 
     def attach(self, plan: PruningPlan) -> Planned:
         """Make the new tensors of a plan, where it has any: by the strategy that its origin names."""

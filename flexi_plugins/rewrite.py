@@ -123,6 +123,7 @@ def _weighted(terms: Weighted, read: Any) -> Tensor:
 def check_attached(plan: PruningPlan, attached: Tensors) -> None:
     """Raise unless every tensor that the plan's adapters and output norms need is there."""
     missing = [n for n in needed_tensors(plan) if n not in attached]
+    assert set(attached) == set(dict(plan.tensors)), "a plan says the digests of its tensors: see with_digests"
     if missing:
         raise FlexiError(
             f"plan: {len(missing)} attached tensors are missing ({missing[0]}, ...); they lie beside the plan as {PLAN_TENSORS}, "
@@ -199,10 +200,8 @@ def build_model(
     """Return the plan's model in memory; with the stored dtype, unchanged tensors share the checkpoint's storage."""
     config = model_config(plan, checkpoint)
     with init_empty_weights(include_buffers=False):
-        if isinstance(config, FlexiConfig):
-            model = FlexiForCausalLM(config)
-        else:
-            model = AutoModelForCausalLM.from_config(config)
+        make = FlexiForCausalLM if isinstance(config, FlexiConfig) else AutoModelForCausalLM.from_config
+        model = make(config)
     state = {n: t if dtype is None else t.to(dtype) for n, t in state_dict(plan, checkpoint, attached or {})}
     if checkpoint.shape.tied:
         state[f"{checkpoint.family.head}.weight"] = state[checkpoint.outer_names()[0]]

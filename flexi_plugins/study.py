@@ -82,8 +82,19 @@ class Study:
     def pruners(self) -> dict[int, Pruner]:
         """One pruner a calibration seed."""
         calibration = Calibration(**self.file.calibration.model_dump())
-        common = {"data": self.data, "dtype": self.file.dtype, "plugins": self.plugins, "progress": self.progress}
-        return {s: Pruner(self.checkpoint, calibration, seed=s, **common) for s in self.file.seeds}
+
+        def pruner(seed: int) -> Pruner:
+            return Pruner(
+                self.checkpoint,
+                calibration,
+                seed=seed,
+                data=self.data,
+                dtype=self.file.dtype,
+                plugins=self.plugins,
+                progress=self.progress,
+            )
+
+        return {seed: pruner(seed) for seed in self.file.seeds}
 
     def check_reach(self) -> None:
         """Raise one error with every ratio that a strategy cannot meet on this model."""
@@ -149,8 +160,13 @@ class Study:
         corpora = {n: e.object for n, e in self.plugins.entries("corpus").items()}
         for measure in self.file.evaluation:
             evaluator = self.plugins.get("evaluator", measure.evaluator, measure.options)
-            inputs = evaluator.inputs(self.data, corpora) if hasattr(evaluator, "inputs") else ""
-            described.append({"evaluator": measure.evaluator, **options_json(evaluator), "inputs": inputs})
+            described.append(
+                {
+                    "evaluator": measure.evaluator,
+                    **options_json(evaluator),
+                    "inputs": evaluator.inputs(self.data, corpora),
+                }
+            )
         return described
 
     def _is_done(self, cell: Cell) -> bool:
@@ -170,7 +186,7 @@ class Study:
             return
         pruner = self.pruners[missing[0].cell.seed]
         with self._timed(missing, "statistics"):
-            pruner.calibrate(n for w in missing for n in w.metric.needs | w.strategy.needs)
+            pruner.calibrate(n for w in missing for m in (w.metric, w.strategy) if m for n in m.needs)
         with self.progress.stage(f"planning {len(missing)} cells (seed {pruner.seed})", len(missing)) as advance:
             for work in missing:
                 with self._caught(work), self._timed([work], "plan"):
@@ -208,7 +224,7 @@ class Study:
     # -- measurements
 
     def measure(self, works: Sequence[Work]) -> None:
-        """Measure every planned cell: shared sweeps first, then what is measured one model at a time; write records."""
+        """Measure every planned cell, evaluator by evaluator, in shared sweeps; a record is written with its last outcome."""
         for work in works:
             if work.failure:
                 self._write(work, "failed", work.failure)
@@ -219,35 +235,25 @@ class Study:
             groups.setdefault(work.planned.plan.hash, []).append(work)
         if not ready:
             return
+        candidates = [_candidate(g[0]) for g in groups.values()]
         measurer = Measurer(
             self.pruners[self.file.seeds[0]], self.journal, self.folder, [g[0].planned for g in groups.values()]
         )
-        together = [m for m in self.file.evaluation if measurer.together(m)]
-        for measure in together:
-            with self._timed(ready, measure.evaluator):
-                outcomes = measurer.run(measure, [_candidate(g[0]) for g in groups.values()])
-            for group, outcome in zip(groups.values(), outcomes, strict=True):
+        for measure in self.file.evaluation:
+            last = measure is self.file.evaluation[-1]
+            outcomes = iter(measurer.run(measure, candidates))
+            for group in groups.values():
+                with self._timed(group, measure.evaluator):
+                    outcome = next(outcomes)
                 for work in group:
                     work.outcomes[_key(measure)] = outcome
-        self._measure_alone(measurer, list(groups.values()), [m for m in self.file.evaluation if m not in together])
+                    if last:
+                        self._finish(work)
 
-    def _measure_alone(self, measurer: Measurer, groups: Sequence[Sequence[Work]], measures: Sequence[Any]) -> None:
-        title = (
-            f"measuring {', '.join(m.evaluator for m in measures)}, one model at a time"
-            if measures
-            else "writing records"
-        )
-        with self.progress.stage(title, len(groups)) as advance:
-            for group in groups:
-                for measure in measures:
-                    with self._timed(group, measure.evaluator):
-                        outcome = measurer.run_alone(measure, _candidate(group[0]))
-                    for work in group:
-                        work.outcomes[_key(measure)] = outcome
-                for work in group:
-                    failures = [f"{k}: {o.failure}" for k, o in work.outcomes.items() if o.failure]
-                    self._write(work, "failed" if failures else "complete", "; ".join(failures))
-                advance(1)
+    def _finish(self, work: Work) -> None:
+        """Write the record of a cell whose measurements are all there."""
+        failures = [f"{k}: {o.failure}" for k, o in work.outcomes.items() if o.failure]
+        self._write(work, "failed" if failures else "complete", "; ".join(failures))
 
     # -- records
 
@@ -262,7 +268,7 @@ class Study:
             seconds={k: round(v, 3) for k, v in work.seconds.items()},
             shared_with=work.shared_with,
             peak_memory_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
-            versions=environment(),
+            versions=environment() | {k: v for o in work.outcomes.values() for k, v in o.versions.items()},
             commit=revision,
             dirty=dirty,
             date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

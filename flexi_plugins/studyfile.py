@@ -69,7 +69,7 @@ class StudyFile(Strict):
     recovery: tuple[str, ...] = ("none",)
     dense: bool = True
     dtype: str = Field("auto", pattern="^(auto|float32|bfloat16|float16)$")
-    calibration: CalibrationTable = CalibrationTable()
+    calibration: CalibrationTable = Field(default_factory=lambda: CalibrationTable.model_validate({}))
 
     @field_validator("metrics", "strategies", mode="before")
     @classmethod
@@ -109,11 +109,8 @@ def _form_problems(values: dict[str, Any]) -> Iterator[str]:
                 table = CalibrationTable if item["loc"][0] == "calibration" else StudyFile
                 yield unknown("key", place, table.model_fields)
             else:
-                yield (
-                    f"{place}: {item['msg'].lower()}, found {item['input']!r}"
-                    if item["type"] != "missing"
-                    else f"{place}: is missing"
-                )
+                found = "" if item["type"] == "missing" else f", found {item['input']!r}"
+                yield f"{place}: {item['msg'].lower()}{found}"
 
 
 def _name_problems(study: StudyFile, plugins: Plugins) -> Iterator[str]:
@@ -131,7 +128,7 @@ def _name_problems(study: StudyFile, plugins: Plugins) -> Iterator[str]:
         if recovery != "none" and recovery in plugins.entries("recovery"):
             yield f"recovery {recovery!r}: studies run recovery 'none' only"
     yield from _corpus_problems(study.calibration.corpus, plugins)
-    for ratio in {r for r in (*study.ratios, *(r for m in study.strategies for r in m.ratios or ()))}:
+    for ratio in sorted({*study.ratios, *(r for m in (*study.metrics, *study.strategies) for r in m.ratios or ())}):
         if not 0 < ratio < 1:
             yield f"ratios: expected a share of the stored parameters between 0 and 1, found {ratio:g}"
 
@@ -142,10 +139,9 @@ def _measure_problems(measure: Measure, plugins: Plugins) -> Iterator[str]:
         evaluator = plugins.get("evaluator", measure.evaluator, measure.options)
     except FlexiError:
         return
-    if hasattr(evaluator, "corpus"):
+    if isinstance(getattr(evaluator, "corpus", None), str):
         yield from _corpus_problems(evaluator.corpus, plugins)
-    if hasattr(evaluator, "check"):
-        yield from _caught(evaluator.check)
+    yield from _caught(evaluator.check)
 
 
 def _corpus_problems(name: str, plugins: Plugins) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterable
 from pathlib import Path
@@ -38,6 +39,17 @@ def token_windows(
         windows = random.Random(seed).sample(windows, len(windows) if count is None else count)
     windows = windows[:count]
     return windows, digest(windows)
+
+
+def text_digest(corpus: Corpus, split: str, data: Path | None) -> str:
+    """Return the SHA-256 of a split's first million characters."""
+    found, characters = hashlib.sha256(), 0
+    for text in corpus.texts(split, data):
+        found.update(text.encode())
+        characters += len(text)
+        if characters > 1_000_000:
+            break
+    return found.hexdigest()
 
 
 def _tokens(texts: Iterable[str], join: str, tokenizer: Any, wanted: int | None) -> list[int]:

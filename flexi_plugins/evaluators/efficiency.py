@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import IO, TYPE_CHECKING, Any, ClassVar
 from flexi_plugins import hookimpl
 from flexi_plugins.data import Measurement, PruningPlan
 from flexi_plugins.errors import FlexiError
-from flexi_plugins.hookspecs import EvaluationRequest, Evaluator, Outcome
+from flexi_plugins.hookspecs import Corpus, EvaluationRequest, Evaluator, Outcome
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -51,20 +52,26 @@ class Efficiency:
     repeats: int = 3
 
     def __post_init__(self) -> None:
+        self.check()
+
+    def inputs(self, data: Path | None, corpora: Mapping[str, Corpus]) -> str:
+        """Return nothing: it reads no text."""
+        return ""
+
+    def check(self) -> None:
+        """Raise for sizes and repeats below 1."""
         for option in ("prefill", "decode", "batches", "repeats"):
             value = getattr(self, option)
             if min(value if isinstance(value, tuple) else (value,), default=0) < 1:
                 raise FlexiError(f"evaluator 'efficiency': option {option!r}: expected at least 1, found {value!r}")
 
-    def evaluate(self, request: EvaluationRequest) -> list[Outcome]:
+    def evaluate(self, request: EvaluationRequest) -> Iterator[Outcome]:
         """Measure one candidate after the other; one that cannot be measured has its reason, the others go on."""
-        outcomes = []
         total = len(request.candidates)
         with request.progress("measuring memory and speed", total) as advance, MeasuringServer() as server:
             for index in range(total):
-                outcomes.append(self._outcome(server, request, index))
+                yield self._outcome(server, request, index)
                 advance(1)
-        return outcomes
 
     def _outcome(self, server: MeasuringServer, request: EvaluationRequest, index: int) -> Outcome:
         try:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from flexi_plugins.corpora.files import find_corpus
-from flexi_plugins.corpora.windows import token_windows
+from flexi_plugins.corpora.windows import text_digest, token_windows
 from flexi_plugins.data import Measurement
 from flexi_plugins.errors import FlexiError
-from flexi_plugins.hookspecs import EvaluationRequest, Outcome, hookimpl
+from flexi_plugins.hookspecs import Corpus, EvaluationRequest, Outcome, hookimpl
 
 LARGEST_LOSS = 700.0  # nats a token; exp of more is no float
 
@@ -30,9 +31,9 @@ class Perplexity:
     window: int = 512
     tokens: int = 16384
 
-    def evaluate(self, request: EvaluationRequest) -> list[Outcome]:
+    def evaluate(self, request: EvaluationRequest) -> Iterable[Outcome]:
         """Return the perplexity of each candidate, and the loss of each window."""
-        self._check()
+        self.check()
         corpus = find_corpus(self.corpus, request.corpora)
         count = self.tokens // self.window
         windows, _ = token_windows(corpus, "held-out", request.data, request.tokenizer, self.window, count)
@@ -41,7 +42,12 @@ class Perplexity:
         losses = [[-logprob / (self.window - 1) for logprob, _ in answer] for answer in answers]
         return [self._outcome(c.label, own) for c, own in zip(request.candidates, losses, strict=True)]
 
-    def _check(self) -> None:
+    def inputs(self, data: Path | None, corpora: Mapping[str, Corpus]) -> str:
+        """Return a digest of the corpus' held-out text."""
+        return text_digest(find_corpus(self.corpus, corpora), "held-out", data)
+
+    def check(self) -> None:
+        """Raise unless there is at least one window of at least two tokens."""
         if self.window < 2 or self.tokens < self.window:
             raise FlexiError(
                 f"evaluator 'perplexity': expected a window of at least 2 tokens and at least one window, found window "

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
+from flexi_plugins.corpora.windows import text_digest
+from flexi_plugins.data import digest
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.evaluators import docs_cloze, harness
 from flexi_plugins.evaluators.outcomes import documents_of, measurements
 from flexi_plugins.evaluators.quiet import quiet
-from flexi_plugins.hookspecs import EvaluationRequest, Outcome, hookimpl
+from flexi_plugins.hookspecs import Corpus, EvaluationRequest, Outcome, hookimpl
 
 BOOTSTRAP = 1000  # resamples for the standard errors that have no formula
 
@@ -25,7 +30,20 @@ class LmEval:
     limit: int | None = None
     num_fewshot: int | None = None
 
-    def evaluate(self, request: EvaluationRequest) -> list[Outcome]:
+    def check(self) -> None:
+        """Raise for no tasks, no documents, or tasks that lm-eval does not know."""
+        self._check_counts()
+        if problems := harness.check_tasks(self.tasks):
+            raise FlexiError("; ".join(problems))
+
+    def inputs(self, data: Path | None, corpora: Mapping[str, Corpus]) -> str:
+        """Return a digest of the local files of the tasks, and of the text that docs_cloze is built from."""
+        read = {t: file_digest(harness.local_file(t, data)) for t in self.tasks}
+        if docs_cloze.NAME in self.tasks:
+            read[docs_cloze.NAME] = text_digest(corpora["python-docs"], "held-out", data)
+        return digest(read)
+
+    def evaluate(self, request: EvaluationRequest) -> Iterable[Outcome]:
         """Return lm-eval's metrics and choice_logprob of each candidate, and what became of each document."""
         from flexi_plugins.evaluators import replay
 
@@ -44,13 +62,16 @@ class LmEval:
 
     def _suite(self, request: EvaluationRequest) -> harness.Suite:
         """Load the tasks and build their requests."""
+        self._check_counts()
+        with quiet(), request.progress("loading tasks of lm-eval", len(self.tasks)) as advance:
+            return harness.load_suite(self.tasks, request.data, self.limit, self.num_fewshot, advance)
+
+    def _check_counts(self) -> None:
         if not self.tasks or (self.limit is not None and self.limit < 1):
             raise FlexiError(
                 f"evaluator 'lm-eval': expected at least one task and a limit of at least 1 document, found tasks "
                 f"{self.tasks} and limit {self.limit}; name tasks, and leave limit out for all documents"
             )
-        with quiet(), request.progress("loading tasks of lm-eval", len(self.tasks)) as advance:
-            return harness.load_suite(self.tasks, request.data, self.limit, self.num_fewshot, advance)
 
     def _outcome(self, request: EvaluationRequest, index: int, suite: harness.Suite, model: Any) -> Outcome:
         """Let lm-eval judge the answers of one candidate."""
@@ -66,7 +87,13 @@ class LmEval:
         results: Any = evaluate(lm=model, task_dict=tasks, limit=self.limit, bootstrap_iters=BOOTSTRAP)
         documents = {name: documents_of(suite.tasks[name], rows) for name, rows in results["samples"].items()}
         rows = tuple(row for task in documents.values() for row in task)
-        return Outcome(tuple(measurements(results, documents)), rows)
+        versions = {f"task {name}": str(version) for name, version in results["versions"].items()}
+        return Outcome(tuple(measurements(results, documents)), rows, versions=versions)
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's content; empty if there is no file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 def _model(request: EvaluationRequest, index: int) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ def _through_block(
     finally:
         for handle in handles:
             handle.remove()
-    weights = {r: block.get_submodule(blocks.checkpoint.family.ROLES[r]).weight for r in seen}
+    weights = {r: cast(Tensor, block.get_submodule(blocks.checkpoint.family.ROLES[r]).weight) for r in seen}
     maps = {r: LinearTrace(x.detach(), dy, weights[r]) for r, (x, dy) in seen.items()}
     observe(GradientTrace(position, shape.kv_heads, shape.group, shape.head_dim, maps))
     assert states.grad is not None

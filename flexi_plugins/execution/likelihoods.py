@@ -79,7 +79,9 @@ def likelihoods(
     groups = group_requests(requests)
     keys = [digest([setting, group]) for group in groups]
     hashes = [p.plan.hash for p in planned]
-    known = {(g, p): journal.get(hashes[p], keys[g]) for g in range(len(groups)) for p in range(len(planned))}
+    known: dict[tuple[int, int], Sequence[Any] | None] = {
+        (g, p): journal.get(hashes[p], keys[g]) for g in range(len(groups)) for p in range(len(planned))
+    }
     answers: list[dict[Request, Answer]] = [{} for _ in planned]
     with progress(title, sum(1 for a in known.values() if a is None)) as advance:
         batches = [as_batch(g) for g in groups]
@@ -88,7 +90,7 @@ def likelihoods(
                 journal.put(hashes[p], keys[g], answer)
                 known[g, p] = answer
             advance(len(found))
-    for (g, p), answer in known.items():
-        assert answer is not None
-        answers[p].update(zip(groups[g], ((float(a), bool(b)) for a, b in answer), strict=True))
+    for (g, p), kept in known.items():
+        assert kept is not None
+        answers[p].update(zip(groups[g], ((float(a), bool(b)) for a, b in kept), strict=True))
     return [[per_plan[r] for r in requests] for per_plan in answers]
