@@ -506,3 +506,7 @@ def main() -> None:
     except KeyboardInterrupt:
         typer.echo("interrupted: what is finished is kept; the same command goes on from there", err=True)
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

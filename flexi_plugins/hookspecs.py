@@ -198,13 +198,13 @@ class ReportFormat(Protocol):
 
 
 class Weights(Protocol):
-    """Lazy access to the weights of the original model."""
+    """Lazy access to the weights of a model: in a request the current one's, in ``tensors`` the original's."""
 
     def block(self, index: int) -> Mapping[str, Tensor]:
-        """Return the linear maps of an original block by role: query, key, value, attention_output, gate, up, down."""
+        """Return the linear maps of a block by role: query, key, value, attention_output, gate, up, down."""
 
     def cached(self, key: Any, make: Callable[[], Any]) -> Any:
-        """Return ``make()``, computed once per checkpoint: for factorisations that several plans need."""
+        """Return ``make()``, computed once per model: for factorisations that several plans need."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ def _no_quality(plans: Sequence[PruningPlan], measure: str = "loss") -> list[flo
 class PruningRequest:
     """What a metric and a strategy are handed. ``plan`` is the plan so far, ``shape`` the shape of its model.
 
-    ``scores`` is set for strategies. ``weights`` is None when only parameters are to be counted (``counting``): a
+    ``scores`` is set for strategies. ``weights`` are the current model's, and None when only parameters are to be counted (``counting``): a
     strategy then makes any choice of the right size. ``quality(plans, measure)`` runs plans of the *original* model on
     the calibration tokens and returns a number for each, lower is better (measure "loss": mean negative log-likelihood
     in nats per token).

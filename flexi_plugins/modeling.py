@@ -18,6 +18,7 @@ from transformers import (
     MODEL_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    DynamicCache,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
@@ -297,7 +298,7 @@ class FlexiForCausalLM(PreTrainedModel, GenerationMixin):
         base = config.base_config()
         with torch.device("meta"), init_empty_weights(include_buffers=False):
             block_class = layer_class(base, family)
-        self.model = MODEL_MAPPING[type(base)](resized_config(base, 0))
+        self.model = MODEL_MAPPING[type(base)](_body_config(base))
         self.model.config = base
         setattr(self.model, family.blocks, nn.ModuleList(self._blocks(config, base, family, block_class)))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -333,6 +334,8 @@ class FlexiForCausalLM(PreTrainedModel, GenerationMixin):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if self.config.embedding_gain != 1.0:
             inputs_embeds = inputs_embeds * self.config.embedding_gain
+        if past_key_values is None and (self.model.config.use_cache if use_cache is None else use_cache):
+            past_key_values = DynamicCache()  # one made from the configuration would go by position (cache_indices)
         outputs = self.model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -350,8 +353,21 @@ class FlexiForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
+
+
+def _body_config(base: PreTrainedConfig) -> PreTrainedConfig:
+    """Return a configuration with one block of every attention type: bodies look for the types when they are made."""
+    kinds = sorted(set(getattr(base, "layer_types", None) or ()))
+    config = resized_config(base, len(kinds))
+    if kinds:
+        config.layer_types = kinds
+    return config
 
 
 def cache_indices(shapes: Sequence[BlockShape]) -> list[int]:
@@ -366,3 +382,6 @@ def register() -> None:
     """Make transformers' Auto classes know FlexiForCausalLM."""
     AutoConfig.register(FlexiConfig.model_type, FlexiConfig, exist_ok=True)
     AutoModelForCausalLM.register(FlexiConfig, FlexiForCausalLM, exist_ok=True)
+
+
+register()  # here and not at the caller, since this module may be in the middle of its import when it is asked for

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
+import inspect
+import math
 import os
 import types
 import typing
@@ -47,6 +50,16 @@ KINDS = {
     "report": "report_formats",
 }
 
+CONTRACTS: dict[str, type] = {
+    "metric": hookspecs.ImportanceMetric,
+    "strategy": hookspecs.ReplacementStrategy,
+    "recovery": hookspecs.RecoveryMethod,
+    "evaluator": hookspecs.Evaluator,
+    "statistic": hookspecs.Statistic,
+    "corpus": hookspecs.Corpus,
+    "report": hookspecs.ReportFormat,
+}
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -69,62 +82,110 @@ class Plugins:
     def __init__(self, manager: pluggy.PluginManager, problems: tuple[str, ...] = ()) -> None:
         self.manager = manager
         self.problems = problems
+        self._sources: dict[str, tuple[str, str]] = {}  # plugin name -> its distribution and version
 
     @classmethod
     def load(cls, built_in: tuple[str, ...] = BUILT_IN) -> Plugins:
         """Load the built-in plugins and the installed ones that ``FLEXI_PLUGINS`` allows.
 
         ``FLEXI_PLUGINS`` unset: all installed entry points; empty: none; else the comma-separated ones. An entry point
-        that fails to import, or has a misspelt hook, is reported in ``problems`` and left out; the others go on.
+        that fails to import, or is no proper plugin (see ``add``), is reported in ``problems`` and left out; the others
+        go on.
         """
         manager = pluggy.PluginManager(hookspecs.PROJECT)
         manager.add_hookspecs(hookspecs)
+        plugins = cls(manager)
+        own = ("flexi-plugins", importlib.metadata.version("flexi-plugins"))
         for module in built_in:
             manager.register(importlib.import_module(module), name=module)
+            plugins._sources[module] = own
         manager.check_pending()
-        plugins = cls(manager)
-        return cls(manager, tuple(plugins._load_installed(os.environ.get("FLEXI_PLUGINS"))))
+        plugins.problems = tuple(plugins._load_installed(os.environ.get("FLEXI_PLUGINS")))
+        return plugins
+
+    def add(self, plugin: Any, name: str | None = None, source: tuple[str, str] | None = None) -> None:
+        """Register one more plugin, a module or object with hooks; source: its distribution and version.
+
+        Raise a FlexiError, and leave it out, if it has a misspelt hook or none, a hook that fails, objects that are not
+        what the contract says, or a name that is taken.
+        """
+        name = name or str(getattr(plugin, "__name__", None) or type(plugin).__name__)
+        if plugin is None or self.manager.has_plugin(name) or self.manager.is_registered(plugin):
+            raise FlexiError(f"plugin {name!r}: " + ("it is None" if plugin is None else "it is there already"))
+        try:
+            self.manager.register(plugin, name)
+            problem = self._problem_of(plugin)
+        except pluggy.PluginValidationError as error:
+            problem = told(error)
+        if problem:
+            if self.manager.has_plugin(name):
+                self.manager.unregister(name=name)
+            raise FlexiError(f"plugin {name!r}: {problem}")
+        self._sources[name] = source or (name, "unknown")
 
     def _load_installed(self, allowed: str | None) -> Iterator[str]:
-        points = {e.name: e for e in importlib.metadata.entry_points(group=hookspecs.PROJECT)}
-        wanted = list(points) if allowed is None else [n.strip() for n in allowed.split(",") if n.strip()]
-        for name in wanted:
+        points: dict[str, list[importlib.metadata.EntryPoint]] = {}
+        for point in importlib.metadata.entry_points(group=hookspecs.PROJECT):
+            points.setdefault(point.name, []).append(point)
+        names = sorted(points) if allowed is None else [n.strip() for n in allowed.split(",") if n.strip()]
+        for name in dict.fromkeys(names):
             if name not in points:
                 yield f"FLEXI_PLUGINS: {unknown('installed plugin', name, points)}"
                 continue
-            point = points[name]
-            source = (
-                f"plugin {name!r} ({point.value}, from {point.dist.name if point.dist else 'an unknown distribution'})"
-            )
-            try:
-                plugin = point.load()
-            except Exception as error:  # a third party's import may fail in any way; it must not take the others along
-                yield f"{source} failed to import and is left out: {type(error).__name__}: {error}"
-                continue
-            self.manager.register(plugin, name=name)
-            problem = self._problem_of(plugin)
-            if problem:
-                self.manager.unregister(name=name)
-                yield f"{source} is left out: {problem}"
+            first, *others = points[name]
+            yield from self._load_point(first)
+            for other in others:
+                taken = _source(first)[0]
+                yield f"{_described(other)} is left out: {taken} has an entry point of the same name; uninstall one"
+
+    def _load_point(self, point: importlib.metadata.EntryPoint) -> Iterator[str]:
+        try:
+            plugin = point.load()
+        except (Exception, SystemExit) as error:  # a third party's import may fail in any way; the others go on
+            yield f"{_described(point)} failed to import and is left out: {told(error)}"
+            return
+        try:
+            self.add(plugin, point.name, _source(point))
+        except FlexiError as error:
+            yield f"{_described(point)} is left out: {str(error).removeprefix(f'plugin {point.name!r}: ')}"
 
     def _problem_of(self, plugin: Any) -> str | None:
-        """Say what is wrong with a registered plugin: a misspelt hook, or a hook that raises."""
+        """Say what is wrong with a registered plugin; None if nothing is."""
         hooks = {n for n, v in vars(hookspecs).items() if hasattr(v, f"{hookspecs.PROJECT}_spec")}
-        for caller in self.manager.get_hookcallers(plugin) or ():
-            if caller.name not in hooks:
-                return unknown("hook", caller.name, hooks)
-        for kind, hook in KINDS.items():
-            for implementation in getattr(self.manager.hook, hook).get_hookimpls():
-                if implementation.plugin is not plugin:
-                    continue
-                try:
-                    objects = implementation.function()
-                except Exception as error:  # see above
-                    return f"its hook {hook} failed: {type(error).__name__}: {error}"
-                for value in objects:
-                    problem = _shape_problem(kind, value)
-                    if problem:
-                        return f"{hook} returned {value!r}: {problem}"
+        implemented = [caller.name for caller in self.manager.get_hookcallers(plugin) or ()]
+        for name in implemented:
+            if name not in hooks:
+                return unknown("hook", name, hooks)
+        for name in sorted(hooks.difference(implemented)):
+            function = getattr(plugin, name, None)
+            if inspect.isfunction(function) and function.__module__ == getattr(plugin, "__name__", None):
+                return f"its function {name} is not marked with @flexi_plugins.hookimpl"
+        if not implemented:
+            return f"it has no hook; there is {', '.join(sorted(hooks))}, each marked with @flexi_plugins.hookimpl"
+        problems = (self._problem_of_kind(plugin, kind) for kind, hook in KINDS.items() if hook in implemented)
+        return next((p for p in problems if p), None)
+
+    def _problem_of_kind(self, plugin: Any, kind: str) -> str | None:
+        implementations = getattr(self.manager.hook, KINDS[kind]).get_hookimpls()
+        [own] = [i for i in implementations if i.plugin is plugin]
+        try:
+            objects = own.function()
+        except Exception as error:  # as at import
+            return f"its hook {KINDS[kind]} failed: {told(error)}"
+        if not isinstance(objects, list | tuple):
+            return f"its hook {KINDS[kind]} returned {objects!r}, expected a list"
+        taken = {v.name: (v, i.plugin_name) for i in implementations if i is not own for v in i.function()}
+        for value in objects:
+            problem = shape_problem(kind, value)
+            if problem:
+                return f"{KINDS[kind]} returned {value!r}: {problem}"
+            if value.name in taken:
+                other, owner = taken[value.name]
+                return (
+                    f"its {kind} {_where(value)} is called {value.name!r}, and so is {_where(other)} "
+                    f"from {self._distribution(owner)[0]}"
+                )
+            taken[value.name] = (value, own.plugin_name)
         return None
 
     # -- look-ups
@@ -168,24 +229,40 @@ class Plugins:
         return family
 
     def _distribution(self, plugin_name: str) -> tuple[str, str]:
-        if plugin_name.startswith("flexi_plugins."):
-            return "flexi-plugins", importlib.metadata.version("flexi-plugins")
-        for point in importlib.metadata.entry_points(group=hookspecs.PROJECT, name=plugin_name):
-            if point.dist:
-                return point.dist.name, point.dist.version
-        return plugin_name, "unknown"
+        return self._sources.get(plugin_name, (plugin_name, "unknown"))
 
 
-def _shape_problem(kind: str, value: Any) -> str | None:
-    if not isinstance(getattr(value, "name", None), str):
+def shape_problem(kind: str, value: Any) -> str | None:
+    """Say why an object that a hook returned is not of its kind (see the Protocols of hookspecs); None if it is."""
+    if isinstance(value, type):
+        return f"it is a class, expected an instance: {value.__name__}()"
+    parameters = getattr(type(value), "__dataclass_params__", None)
+    if parameters is None or not parameters.frozen:
+        return f"a {kind} is an instance of a frozen dataclass, whose fields are its options"
+    if not isinstance(getattr(value, "name", None), str) or not value.name.strip():
         return f"a {kind} needs a `name`"
-    if not dataclasses.is_dataclass(value) or isinstance(value, type):
-        return f"a {kind} is an instance of a frozen dataclass (its fields are its options)"
-    return None
+    contract = CONTRACTS[kind]
+    promised = {n for n in (*vars(contract), *contract.__annotations__) if not n.startswith("_")}
+    missing = sorted(n for n in promised if inspect.getattr_static(value, n, contract) is contract)
+    return f"it has no {', '.join(missing)} (see hookspecs.{contract.__name__})" if missing else None
+
+
+def told(error: BaseException) -> str:
+    """Return an exception as one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _source(point: importlib.metadata.EntryPoint) -> tuple[str, str]:
+    return (point.dist.name, point.dist.version) if point.dist else ("an unknown distribution", "unknown")
+
+
+def _described(point: importlib.metadata.EntryPoint) -> str:
+    return f"plugin {point.name!r} ({point.value}, from {_source(point)[0]})"
 
 
 def _where(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+    owner = value if isinstance(value, type) else type(value)
+    return f"{owner.__module__}.{owner.__qualname__}"
 
 
 def options_of(value: Any) -> dict[str, Any]:
@@ -196,39 +273,74 @@ def options_of(value: Any) -> dict[str, Any]:
 def with_options(kind: str, value: Any, options: Mapping[str, Any]) -> Any:
     """Return the plugin object with options set; errors list the options, and the choices of a Literal."""
     known = options_of(value)
-    hints = typing.get_type_hints(type(value))
     changes = {}
     for key, given in options.items():
         if key not in known:
             raise FlexiError(f"{kind} {value.name!r}: {unknown('option', key, known)}")
-        changes[key] = _convert(f"{kind} {value.name!r}: option {key!r}", hints[key], given)
+        where = f"{kind} {value.name!r}: option {key!r}"
+        changes[key] = _convert(where, _hint(where, type(value), key), given)
     return dataclasses.replace(value, **changes)
+
+
+def _hint(where: str, owner: type, key: str) -> Any:
+    try:
+        return typing.get_type_hints(owner)[key]
+    except NameError as error:
+        raise FlexiError(f"{where}: a type of {_where(owner)} is imported for the type checker only: {error}") from None
 
 
 def _convert(where: str, hint: Any, given: Any) -> Any:
     """Check a value from TOML or the command line against a field's type; strings are parsed, lists become tuples."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
-        if given not in arguments:
-            raise FlexiError(f"{where}: {unknown('choice', str(given), map(str, arguments))}")
-        return given
+        for choice in arguments:
+            if (type(choice) is type(given) and choice == given) or str(choice) == given:
+                return choice
+        raise FlexiError(f"{where}: {unknown('choice', str(given), map(str, arguments))}")
     if origin in (typing.Union, types.UnionType):
-        if given is None or given == "none":
-            return None
-        return _convert(where, next(a for a in arguments if a is not type(None)), given)
+        return _convert_union(where, hint, given)
     if origin is tuple:
-        items = given.split(",") if isinstance(given, str) else list(given)
-        return tuple(_convert(where, arguments[0], item) for item in items)
-    if hint is bool and isinstance(given, str):
-        if given.lower() in ("true", "false"):
-            return given.lower() == "true"
-    elif hint is bool and isinstance(given, bool):
+        return _convert_tuple(where, arguments, given)
+    if hint is bool and isinstance(given, bool):
         return given
-    elif hint in (int, float, str) and not isinstance(given, bool):
-        try:
+    if hint is bool and isinstance(given, str) and given.lower() in ("true", "false"):
+        return given.lower() == "true"
+    if hint is str and isinstance(given, str):
+        return given
+    if hint in (int, float) and isinstance(given, int | float | str) and not isinstance(given, bool):
+        with contextlib.suppress(ValueError, OverflowError):
             converted = hint(given)
-            if hint is not int or float(given) == converted:
+            if math.isfinite(converted) and (hint is float or float(given) == converted):
                 return converted
-        except (TypeError, ValueError):
-            pass
-    raise FlexiError(f"{where}: expected {getattr(hint, '__name__', hint)}, found {given!r}")
+    raise FlexiError(f"{where}: expected {_spelt(hint)}, found {given!r}")
+
+
+def _convert_union(where: str, hint: Any, given: Any) -> Any:
+    choices = typing.get_args(hint)
+    if type(None) in choices and given in (None, "none"):
+        return None
+    errors = []
+    for choice in choices:
+        if choice is not type(None):
+            try:
+                return _convert(where, choice, given)
+            except FlexiError as error:
+                errors.append(error)
+    if len(errors) == 1 and given is not None:
+        raise errors[0]
+    raise FlexiError(f"{where}: expected {_spelt(hint)}, found {given!r}")
+
+
+def _convert_tuple(where: str, arguments: tuple[Any, ...], given: Any) -> Any:
+    if isinstance(given, str):
+        given = [item.strip() for item in given.split(",") if item.strip()]
+    if not isinstance(given, list | tuple):
+        raise FlexiError(f"{where}: expected a list, found {given!r}")
+    types_ = [arguments[0]] * len(given) if arguments[1:] == (...,) else list(arguments)
+    if len(types_) != len(given):
+        raise FlexiError(f"{where}: expected {len(types_)} values, found {len(given)}")
+    return tuple(_convert(where, t, item) for t, item in zip(types_, given, strict=True))
+
+
+def _spelt(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("NoneType", "None")

@@ -24,7 +24,7 @@ from flexi_plugins.hookspecs import Budget, ImportanceMetric, PruningRequest, Re
 from flexi_plugins.models import open_model
 from flexi_plugins.plugins import Plugins, options_of
 from flexi_plugins.progress import Progress
-from flexi_plugins.rewrite import build_model, needed_tensors, with_digests, write_checkpoint
+from flexi_plugins.rewrite import PlanWeights, build_model, needed_tensors, with_digests, write_checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -180,7 +180,7 @@ class Pruner:
             plan=planned.plan,
             budget=budget,
             statistics=statistics,
-            weights=self.checkpoint,
+            weights=PlanWeights(planned.plan, self.checkpoint, planned.attached),
             seed=self.seed,
             quality=self._quality,
         )

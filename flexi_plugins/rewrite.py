@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,30 @@ def _weighted(terms: Weighted, read: Any) -> Tensor:
         return read(terms[0][0])
     total = sum(coefficient * read(source).float() for source, coefficient in terms)
     return total.to(read(terms[0][0]).dtype)
+
+
+class PlanWeights:
+    """The linear maps of a plan's model, read lazily (see ``Weights``): what metrics and strategies are handed."""
+
+    def __init__(self, plan: PruningPlan, checkpoint: Checkpoint, attached: Tensors) -> None:
+        self.plan, self.checkpoint, self.attached = plan, checkpoint, attached
+
+    def block(self, index: int) -> dict[str, Tensor]:
+        """Return the linear maps of a block by role; for a sharing block the donor's, with its adapters added."""
+        recipe = self.plan.blocks[index]
+        roles = self.plan.shape.maps(self.plan.block_shape(recipe))
+        if recipe.shares is None:
+            return {role: _weight(self.plan, recipe, role, self.checkpoint) for role in roles}
+        donor = self.checkpoint.block(recipe.shares)
+        return {role: self._adapted(index, role, donor[role]) for role in roles}
+
+    def _adapted(self, index: int, role: str, weight: Tensor) -> Tensor:
+        a, b = (self.attached.get(f"blocks.{index}.{role}.{x}") for x in ("lora_a", "lora_b"))
+        return weight if a is None or b is None else weight + a @ b
+
+    def cached(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Return ``make()``, computed once per checkpoint, plan and key."""
+        return self.checkpoint.cached((self.plan.hash, key), make)
 
 
 # ------------------------------------------------------------------------------------------ whole models

@@ -115,12 +115,18 @@ class Saap:
     def keep(self, weighted: Tensor, offset: Tensor) -> Tensor:
         """Return z(mean + offset) - lambda z(std / mean) over units, from (samples, units); mean and std over samples.
 
-        The fluctuation is relative to the weighted scores, which are positive; the log offset has no natural zero.
+        The fluctuation is relative to the weighted scores, which are positive; the log offset has no natural zero. A
+        unit without any effect has no fluctuation either: it counts as the least stable, so that nothing else protects it.
         """
+        import torch
+
         from flexi_plugins.numerics import standardise
 
+        if not weighted.shape[1]:
+            return torch.zeros(0)
         mean, deviation = weighted.mean(0), weighted.std(0, correction=0)
         fluctuation = deviation / mean.clamp_min(1e-30)
+        fluctuation = torch.where(mean > 0, fluctuation, fluctuation.max())
         return standardise(mean + offset) - self.stability * standardise(fluctuation)
 
 

@@ -1,0 +1,90 @@
+"""How often blocks run: what is promised about one pass for all metrics, progressive steps and shared prefixes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from tiny import opened, tiny, tokens
+
+from flexi_plugins.data import PruningPlan
+from flexi_plugins.execution.blocks import Blocks
+from flexi_plugins.execution.sweep import Batch, Planned, Sweeper, count_blocks
+from flexi_plugins.pruner import Calibration, Pruner
+from flexi_plugins.strategies.concat_merge import ConcatMerge
+
+BLOCKS, BATCHES = 5, 2
+METRICS = ("flexigpt", "saap", "come")
+
+
+@pytest.fixture
+def pruner() -> Pruner:
+    made = Pruner(opened(tiny("llama-tied")), Calibration(windows=8), dtype="float32")
+    made.__dict__["texts"] = (tokens(8, 16), tokens(3, 8, seed=1), "")  # no tokenizer: token ids as they are
+    return made
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """Collect one entry a block run: whether it ran with gradients."""
+    runs: list[bool] = []
+    original = Blocks.run
+
+    def run(self, *arguments, **kwargs):
+        runs.append(torch.is_grad_enabled())
+        return original(self, *arguments, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Blocks, "run", run)
+        yield runs
+
+
+def needs(pruner: Pruner) -> set[str]:
+    chosen = [pruner.plugins.get("metric", m).needs for m in METRICS]
+    return set().union(*chosen, *(e.object.needs for e in pruner.plugins.entries("strategy").values()))
+
+
+def test_all_metrics_cost_one_forward_and_one_backward_pass(pruner: Pruner, monkeypatch: pytest.MonkeyPatch) -> None:
+    with counted(monkeypatch) as runs:
+        pruner.calibrate(needs(pruner))
+    assert runs.count(True) == BLOCKS, "one recomputation of each block with gradients"
+    assert runs.count(False) == BLOCKS * BATCHES + BLOCKS, "one forward pass on the windows, one on the samples"
+
+
+def test_one_shot_plans_of_every_metric_cost_no_further_pass(pruner: Pruner, monkeypatch: pytest.MonkeyPatch) -> None:
+    pruner.calibrate(needs(pruner))
+    with counted(monkeypatch) as runs:
+        for metric in METRICS:
+            for strategy in ("share-lora", "remove-blocks", "remove-units"):
+                pruner.plan(metric, strategy, 0.1)
+    assert runs == []
+
+
+def test_a_progressive_step_starts_at_the_first_changed_block(pruner: Pruner, monkeypatch: pytest.MonkeyPatch) -> None:
+    pruner.calibrate(needs(pruner))
+    with counted(monkeypatch) as runs:
+        plan = pruner.plan("come", ConcatMerge(merges=2), 0.0)
+    first = pruner.plan("come", ConcatMerge(merges=1), 0.0)
+    changed = next(i for i, recipe in enumerate(first.blocks) if recipe.whole != i)
+    assert len(plan.blocks) == BLOCKS - 2
+    assert len(runs) == (BLOCKS - 1 - changed) * BATCHES, "the second step runs the first merged block and those after it"
+
+
+def test_identical_intermediate_plans_run_once(pruner: Pruner, monkeypatch: pytest.MonkeyPatch) -> None:
+    pruner.plan("come", ConcatMerge(merges=2), 0.0)
+    with counted(monkeypatch) as runs:
+        pruner.plan("come", ConcatMerge(merges=2, exponent=1.0), 0.0)
+    assert runs == []
+
+
+def test_shared_prefixes_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = opened(tiny())
+    plans = [PruningPlan.identity(checkpoint.shape)]
+    plans += [PruningPlan.keep(checkpoint.shape, (i for i in range(BLOCKS) if i != gone)) for gone in range(BLOCKS)]
+    with counted(monkeypatch) as runs:
+        list(Sweeper(Blocks(checkpoint)).sweep([Planned(p) for p in plans], [Batch(tokens())]))
+    shared, alone = count_blocks(plans)
+    assert len(runs) == shared
+    assert (shared, alone) == (BLOCKS + sum(range(BLOCKS)), BLOCKS + BLOCKS * (BLOCKS - 1))
