@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ class Checkpoint:
         self.shape: ModelShape = family.shape(config)
         self.read = read
         self.folder = folder
+        self._stored = read
         self._cache: dict[Any, Any] = {}
 
     @classmethod
@@ -45,7 +47,7 @@ class Checkpoint:
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             raise FlexiError(f"model {str(folder)!r}: no config.json in the folder; expected a Hugging Face checkpoint")
-        config = AutoConfig.from_pretrained(folder)
+        config = read_config(folder)
         family = family_of(config)
         files = _tensor_files(folder)
         checkpoint = cls(name or str(folder), config, family, _FolderReader(files), folder)
@@ -67,7 +69,9 @@ class Checkpoint:
                 tensors[name] = self.read(name)
             return tensors[name]
 
-        return Checkpoint(self.name, self.config, self.family, read, self.folder)
+        copy = Checkpoint(self.name, self.config, self.family, read, self.folder)
+        copy._stored, copy._cache = self._stored, self._cache
+        return copy
 
     def block(self, index: int) -> Mapping[str, Tensor]:
         """Return the linear maps of a block by role (see ``Weights``)."""
@@ -103,7 +107,11 @@ class Checkpoint:
         """Load the tokenizer that lies beside the weights."""
         if self.folder is None:
             raise FlexiError(f"model {self.name!r} is in memory and has no tokenizer; open a checkpoint folder instead")
-        return AutoTokenizer.from_pretrained(self.folder)
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise FlexiError(f"model {self.name!r}: no usable tokenizer in {self.folder}: {reason}") from None
 
     def fingerprint(self) -> str:
         """SHA-256 of the configuration and the content of every tensor (of the files, where there are files)."""
@@ -113,17 +121,26 @@ class Checkpoint:
         total = hashlib.sha256()
         values = {k: v for k, v in self.config.to_dict().items() if k not in ("transformers_version", "_name_or_path")}
         total.update(json.dumps(values, sort_keys=True, default=str).encode())
-        if isinstance(self.read, _FolderReader):
-            for file in sorted(set(self.read.files.values())):
+        if isinstance(self._stored, _FolderReader):
+            for file in sorted(set(self._stored.files.values())):
                 with file.open("rb") as stream:
                     total.update(hashlib.file_digest(stream, "sha256").digest())
         else:
             for name in sorted(self.tensor_names()):
-                total.update(self.read(name).detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+                total.update(self.read(name).detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return total.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------- reading
+
+
+def read_config(folder: Path | str) -> PreTrainedConfig:
+    """Read the config.json of a folder; code that comes with a model is never run."""
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise FlexiError(f"model {str(folder)!r}: its config.json cannot be used: {reason}") from None
 
 
 class _FolderReader:
@@ -146,7 +163,7 @@ class _FolderReader:
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
     if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text())["weight_map"]
+        index = _weight_map(folder / INDEX)
         missing = sorted({f for f in index.values() if not (folder / f).is_file()})
         if missing:
             tensor = next(t for t, f in index.items() if f == missing[0])
@@ -163,6 +180,13 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         f"checkpoint: {folder}: expected model.safetensors or {INDEX}, {found}; use a revision with safetensors "
         "(NAME@REVISION) or convert the folder with transformers' save_pretrained"
     )
+
+
+def _weight_map(file: Path) -> dict[str, str]:
+    try:
+        return json.loads(file.read_text())["weight_map"]
+    except (ValueError, KeyError) as error:
+        raise FlexiError(f"checkpoint: {file} is not an index of shards ({error}); fetch it again") from None
 
 
 def _header(file: Path) -> dict[str, dict[str, Any]]:
@@ -207,16 +231,18 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder beside ``folder``, renamed to it when whole and removed when anything fails."""
     if folder.exists():
         raise FlexiError(f"output {str(folder)!r} exists already; name another folder or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    temporary = None
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         yield temporary
         os.chmod(temporary, 0o755)
         os.replace(temporary, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter is safetensors' way to say that the disk is full
         raise FlexiError(f"output {str(folder)!r}: cannot be written: {error}; nothing was left behind") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = 4 * 2**30) -> None:

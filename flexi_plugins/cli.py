@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from flexi_plugins.plugins import Plugins
     from flexi_plugins.progress import Progress
     from flexi_plugins.pruner import Pruner
+    from flexi_plugins.studyfile import Measure
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="flexi",
@@ -54,6 +58,7 @@ def run(
 ) -> None:
     """Run a study, or what is left of it, and write its leaderboard.
 
+    \b
     Example: flexi run baselines/recipes/demo.toml
     """
     from flexi_plugins.study import Study
@@ -94,8 +99,10 @@ def plan(
 ) -> None:
     """Print what would become of each block, and the exact parameters, before any weight is changed.
 
+    \b
     Example: flexi plan --metric come --strategy concat-merge --ratio 0.2 -o plan.json
 
+    \b
     Example: flexi plan --count-only --model huggyllama/llama-7b --strategy remove-blocks --strategy-option blocks=10
     """
     if count_only:
@@ -133,8 +140,10 @@ def prune(
 ) -> None:
     """Write a pruned model as a checkpoint folder, with its plan beside the weights.
 
+    \b
     Example: flexi prune --metric flexigpt --strategy remove-blocks --ratio 0.2 -o pruned/
 
+    \b
     Example: flexi prune --plan plan.json -o pruned/
     """
     if output.exists():
@@ -183,6 +192,7 @@ def evaluate(
 ) -> None:
     """Measure one model: perplexity, lm-eval tasks, efficiency.
 
+    \b
     Example: flexi eval --plan plan.json --tasks piqa,arc_easy --limit 100 --perplexity wikitext2 --data DIR
     """
     from flexi_plugins.data import PruningPlan
@@ -192,19 +202,21 @@ def evaluate(
 
     measures = []
     if perplexity:
-        measures.append(_measure("perplexity", corpus=perplexity, window=window, tokens=tokens))
+        measures.append({"evaluator": "perplexity", "corpus": perplexity, "window": window, "tokens": tokens})
     if tasks:
-        measures.append(_measure("lm-eval", tasks=tasks.split(","), limit=limit))
+        measures.append({"evaluator": "lm-eval", "tasks": tasks.split(","), "limit": limit})
     if efficiency:
-        measures.append(_measure("efficiency"))
+        measures.append({"evaluator": "efficiency"})
+    chosen = _measures(measures)
     pruner = _pruner(model, "python-docs", 0, data, dtype)
     shape = pruner.checkpoint.shape
     planned = pruner.attach(_read_plan(plan_file, pruner) if plan_file else PruningPlan.identity(shape))
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="flexi-eval-") as folder:
-        measurer = Measurer(pruner, NoJournal(), Path(folder), [planned])
-        outcomes = [next(measurer.run(m, [Candidate(model, planned.plan)])) for m in measures]
+    candidate = Candidate(model, planned.plan)
+    with (
+        tempfile.TemporaryDirectory(prefix="flexi-eval-") as folder,
+        Measurer(pruner, NoJournal(), Path(folder), [planned]) as measurer,
+    ):
+        outcomes = [next(measurer.run(measure, [candidate])) for measure in chosen]
     _show_outcomes(outcomes, as_json)
 
 
@@ -218,6 +230,7 @@ def report(
 ) -> None:
     """Write the leaderboard of a study again from its records, or publish it.
 
+    \b
     Example: flexi report runs/demo --publish results/demo
     """
     from flexi_plugins.report import publish, write_reports
@@ -243,6 +256,7 @@ def report(
 def list_plugins(as_json: Json = False) -> None:
     """List every plugin with its paper, options and distribution, and the pairs that cannot work together.
 
+    \b
     Example: flexi list --json
     """
     from flexi_plugins.plugins import KINDS, options_of
@@ -281,6 +295,7 @@ def check(
 ) -> None:
     """Check study files without running them; or run the conformance kit on every installed plugin.
 
+    \b
     Example: flexi check baselines/recipes/*.toml
     """
     plugins = _plugins()
@@ -319,10 +334,18 @@ def _plugins() -> Plugins:
     return plugins
 
 
-def _measure(evaluator: str, **options: Any) -> Any:
-    from flexi_plugins.studyfile import Measure
+def _measures(chosen: Sequence[dict[str, Any]]) -> list[Measure]:
+    """Return what is to be measured; what cannot work is one error, before anything is loaded."""
+    from flexi_plugins.studyfile import Measure, measure_problems
 
-    return Measure.model_validate({"evaluator": evaluator, **options})
+    if not chosen:
+        raise FlexiError("eval: nothing to measure; give --perplexity CORPUS, --tasks NAMES or --efficiency")
+    measures = [Measure.model_validate(m) for m in chosen]
+    plugins = _plugins()
+    problems = [p for m in measures for p in measure_problems(m, plugins)]
+    if problems:
+        raise FlexiError("\n".join(problems))
+    return measures
 
 
 def _progress() -> Progress:
@@ -504,8 +527,16 @@ def main() -> None:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        typer.echo("interrupted: what is finished is kept; the same command goes on from there", err=True)
-        sys.exit(130)
+        _interrupted()
+    except SystemExit as end:  # typer makes this of a KeyboardInterrupt, and says nothing
+        if end.code == INTERRUPTED:
+            _interrupted()
+        raise
+
+
+def _interrupted() -> None:
+    typer.echo("interrupted: what is finished is kept; the same command goes on from there", err=True)
+    sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

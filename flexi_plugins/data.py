@@ -391,7 +391,7 @@ class PruningPlan:
         inner = [self.blocks[s] for s in recipe.sources]
         norms = _combine((c, self.blocks[s].norm_weights) for s, c in recipe.norm_weights)
         gain = recipe.gain * carried * inner[0].gain
-        if recipe.whole is not None and recipe.gain == 1.0:
+        if replace(recipe, gain=1.0).whole is not None:
             return replace(inner[0], gain=gain)
         if any(r.gain != 1.0 for r in inner[1:]):
             raise FlexiError(f"compose: block {position} merges blocks with gains; apply the gains last")
@@ -399,18 +399,18 @@ class PruningPlan:
             donor = self.blocks[recipe.shares].whole
             if donor is None or inner[0].whole is None:
                 raise FlexiError(f"compose: block {position} shares weights with a block that an earlier step changed")
-            return replace(recipe, parts=inner[0].parts, norms=norms, shares=donor, gain=gain)
+            return _canonical(replace(recipe, parts=inner[0].parts, norms=norms, shares=donor, gain=gain))
         changed = next((r for r in inner if r.shares is not None), None)
         if changed is not None:
             raise FlexiError(
                 f"compose: block {position} takes units of block {changed.sources[0]}, which shares its weights"
             )
         if recipe.mix:
-            return replace(recipe, mix=self._compose_mix(position, recipe), norms=norms, gain=gain)
+            return _canonical(replace(recipe, mix=self._compose_mix(position, recipe), norms=norms, gain=gain))
         if any(r.mix for r in inner):
             raise FlexiError(f"compose: block {position} takes units of a mix of blocks; only whole mixes compose")
         parts = tuple(p for part in recipe.parts for p in _select(self.shape, self.blocks[part.source].parts, part))
-        return BlockRecipe(parts=parts, norms=norms, gain=gain)
+        return _canonical(BlockRecipe(parts=parts, norms=norms, gain=gain))
 
     def _compose_mix(self, position: int, recipe: BlockRecipe) -> Weighted:
         terms = []
@@ -594,6 +594,12 @@ def _merge_origins(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[
 
 def _count(indices: tuple[int, ...] | None, width: int) -> int:
     return width if indices is None else len(indices)
+
+
+def _canonical(recipe: BlockRecipe) -> BlockRecipe:
+    """Leave out norms that are the default, so that equal blocks have equal recipes."""
+    short = replace(recipe, norms=())
+    return short if short.norm_weights == recipe.norms else recipe
 
 
 def _is_whole_part(recipe: BlockRecipe) -> bool:

@@ -2,38 +2,70 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from flexi_plugins.errors import FlexiError
 from flexi_plugins.execution.likelihoods import AnswerJournal, likelihoods
 from flexi_plugins.execution.sweep import Planned, Sweeper
 from flexi_plugins.hookspecs import Candidate, EvaluationRequest, Outcome
+from flexi_plugins.plugins import told
 from flexi_plugins.pruner import Pruner
+from flexi_plugins.store import remove_leftovers, write_traceback
 from flexi_plugins.studyfile import Measure
 
 
 class Measurer:
-    """Measures planned models of one pruner's checkpoint."""
+    """Measures planned models of one pruner's checkpoint; a context, at whose end exported folders go away."""
 
     def __init__(self, pruner: Pruner, journal: AnswerJournal, folder: Path, planned: Sequence[Any]) -> None:
         self.pruner, self.journal, self.folder = pruner, journal, folder
         self.planned: dict[str, Planned] = {p.plan.hash: p for p in planned}
         self.sweeper = Sweeper(pruner.blocks)
+        self.scratch = folder / f"exports.{os.getpid()}.tmp"
+
+    def __enter__(self) -> Measurer:
+        remove_leftovers(self.folder)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
     def run(self, measure: Measure, candidates: Sequence[Candidate]) -> Iterator[Outcome]:
-        """Yield the outcome of each candidate, in their order."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix="exports-", dir=self.folder))
+        """Return the outcomes of the candidates, in their order: all made already, or one by one as they are taken.
+
+        When the evaluator breaks, what it has not measured has that as its failure; a FlexiError ends the study.
+        """
         evaluator = self.pruner.plugins.get("evaluator", measure.evaluator, measure.options)
         try:
-            yield from evaluator.evaluate(self._request(candidates, scratch))
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            made: Iterable[Outcome] = evaluator.evaluate(self._request(candidates))
+        except FlexiError:
+            raise
+        except Exception as error:  # a plugin may fail in any way, and the other evaluators go on
+            made = [self._broken(measure.evaluator, error)] * len(candidates)
+        return self._taken(measure.evaluator, iter(made), len(candidates))
 
-    def _request(self, candidates: Sequence[Candidate], scratch: Path) -> EvaluationRequest:
+    def _taken(self, evaluator: str, made: Iterator[Outcome], count: int) -> Iterator[Outcome]:
+        for index in range(count):
+            try:
+                outcome = next(made)
+            except FlexiError:
+                raise
+            except Exception as error:  # as above; StopIteration: it gave fewer outcomes than there are candidates
+                yield from [self._broken(evaluator, error)] * (count - index)
+                return
+            yield outcome
+
+    def _broken(self, evaluator: str, error: Exception) -> Outcome:
+        reason = "it gave fewer outcomes than candidates" if isinstance(error, StopIteration) else told(error)
+        file = write_traceback(self.folder, evaluator)
+        self.pruner.progress.say(f"evaluator {evaluator!r} failed: {reason} (see {file})")
+        return Outcome(failure=reason)
+
+    def _request(self, candidates: Sequence[Candidate]) -> EvaluationRequest:
         chosen = [self.planned[c.plan.hash] for c in candidates]
         pruner = self.pruner
         setting = [pruner.checkpoint.fingerprint(), str(pruner.dtype)]
@@ -46,7 +78,7 @@ class Measurer:
             tokenizer=pruner.tokenizer,
             likelihoods=answer,
             model=lambda index: pruner.model(chosen[index]).to(pruner.dtype),
-            folder=_exporter(pruner, chosen, scratch),
+            folder=_exporter(pruner, chosen, self.scratch),
             progress=pruner.progress.stage,
             corpora={n: e.object for n, e in pruner.plugins.entries("corpus").items()},
             data=pruner.data,
@@ -59,10 +91,9 @@ class Measurer:
 def _exporter(pruner: Pruner, planned: Sequence[Planned], scratch: Path) -> Callable[[int], Path]:
     def export(index: int) -> Path:
         """Write a candidate's folder; the one before it goes, so that the disk holds one at a time."""
-        folder = scratch / str(index)
+        folder = scratch / planned[index].plan.hash[:16]
         if not folder.exists():
-            for other in scratch.iterdir():
-                shutil.rmtree(other)
+            shutil.rmtree(scratch, ignore_errors=True)
             pruner.write(planned[index], folder)
         return folder
 

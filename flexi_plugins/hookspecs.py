@@ -282,9 +282,8 @@ class BlockTrace:
 class LinearTrace:
     """Inputs and output gradients of one linear map for a set of samples.
 
-    input: (samples, tokens, columns); output: (samples, tokens, rows), without bias; output_gradient like output;
-    input_gradient like input; weight: (rows, columns). The loss of a sample is its mean next-token negative
-    log-likelihood, so gradients are per sample.
+    input: (samples, tokens, columns); output_gradient: (samples, tokens, rows); weight: (rows, columns). The loss of a
+    sample is its mean next-token negative log-likelihood, so gradients are per sample.
     """
 
     input: Tensor

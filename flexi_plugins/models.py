@@ -7,11 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from flexi_plugins.checkpoint import Checkpoint, FamilyOf, new_folder, write_tensors
+from flexi_plugins.checkpoint import Checkpoint, FamilyOf, new_folder, read_config, write_tensors
 from flexi_plugins.errors import FlexiError, unknown
-from flexi_plugins.families.known import KNOWN
+from flexi_plugins.families.known import DEFAULT, KNOWN, check_name
 
-DEFAULT = "smollm2-135m"
 PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model", "*.jinja", "*.txt"]
 
 
@@ -30,14 +29,6 @@ def locate(name: str) -> Path:
     return _download(name)
 
 
-def check_name(name: str) -> None:
-    """Raise for a name that can be no model: no such folder, and not of the form OWNER/NAME."""
-    if name == DEFAULT or Path(name).is_dir():
-        return
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FlexiError(f"{unknown('model', name, KNOWN)}, any folder with a checkpoint, and hub names OWNER/NAME")
-
-
 def known_config(name: str) -> Any:
     """Return the transformers configuration of a model without its weights: from its folder, or a published one."""
     from transformers import AutoConfig
@@ -46,7 +37,7 @@ def known_config(name: str) -> Any:
         values = dict(KNOWN[name])
         return AutoConfig.for_model(values.pop("model_type"), **values)
     if (Path(name) / "config.json").is_file():
-        return AutoConfig.from_pretrained(name)
+        return read_config(name)
     raise FlexiError(f"{unknown('model', name, KNOWN)}, and any folder with a config.json")
 
 

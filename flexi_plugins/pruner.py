@@ -137,11 +137,12 @@ class Pruner:
         while True:
             request = self._request(Planned(plan), budget, chosen.needs | replacement.needs)
             request = replace(request, scores=self._scores(chosen, request))
-            plan = plan.compose(replacement.plan(request))
+            before, plan = plan, plan.compose(replacement.plan(request))
             steps += 1
             say(f"step {steps}: {len(plan.blocks)} blocks, ratio {plan.ratio:.4f}")
             if not replacement.progressive or replacement.finished(plan, budget):
                 break
+            _check_progress(replacement, before, plan)
         self.calibrator.forget([PruningPlan.identity(self.checkpoint.shape)])
         return replace(plan, origin={**origin(chosen, replacement, ratio), **plan.origin})
 
@@ -156,6 +157,9 @@ class Pruner:
             )
         strategy = self.plugins.get("strategy", made_by, plan.origin.get("strategy_options"))
         attached = strategy.tensors(plan, self.checkpoint)
+        for name, tensor in attached.items():
+            if not bool(tensor.isfinite().all()):
+                raise FlexiError(f"strategy {made_by!r}: its tensor {name!r} is not finite (NaN or infinity)")
         return Planned(with_digests(plan, attached), attached)
 
     def model(self, plan: PruningPlan | Planned, dtype: str | None = None) -> nn.Module:
@@ -242,9 +246,19 @@ def count_only(shape: ModelShape, strategy: ReplacementStrategy, ratio: float) -
             mlp=tuple(torch.ones(b.channels) for b in current.blocks),
             comparable=True,
         )
-        plan = plan.compose(strategy.plan(PruningRequest(shape=current, plan=plan, budget=budget, scores=flat)))
+        step = strategy.plan(PruningRequest(shape=current, plan=plan, budget=budget, scores=flat))
+        before, plan = plan, plan.compose(step)
         if not strategy.progressive or strategy.finished(plan, budget):
             return plan
+        _check_progress(strategy, before, plan)
+
+
+def _check_progress(strategy: ReplacementStrategy, before: PruningPlan, after: PruningPlan) -> None:
+    """Raise if a step of a progressive strategy changed nothing: it would go on for ever."""
+    if after == before:
+        raise FlexiError(
+            f"strategy {strategy.name!r}: a step at ratio {after.ratio:.4f} changed nothing, and it says it is not finished"
+        )
 
 
 def plan_rows(plan: PruningPlan) -> list[dict[str, Any]]:

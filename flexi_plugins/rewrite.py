@@ -273,8 +273,8 @@ def _copy_beside(checkpoint: Checkpoint, folder: Path) -> None:
     if checkpoint.folder is None:
         return
     for file in sorted(checkpoint.folder.iterdir()):
-        known = file.name in ("config.json", "model.safetensors.index.json", PLAN_FILE)
-        if file.is_file() and not known and file.suffix in (".json", ".jinja", ".model", ".txt"):
+        other = file.name in ("config.json", PLAN_FILE) or file.name.endswith(".index.json")
+        if file.is_file() and not other and file.suffix in (".json", ".jinja", ".model", ".txt"):
             (folder / file.name).write_bytes(file.read_bytes())
 
 

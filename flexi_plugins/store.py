@@ -14,6 +14,7 @@ import platform
 import re
 import shutil
 import subprocess
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -58,12 +59,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in a folder; those of running ones stay."""
+    """Remove the temporary files and folders that killed processes left in a folder; those of running ones stay."""
     import psutil
 
     for path in folder.rglob("*.tmp"):
         match = TEMPORARY.search(path.name)
         if match and (int(match[1]) == os.getpid() or not psutil.pid_exists(int(match[1]))):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
             with suppress(OSError):
                 path.unlink(missing_ok=True)
 
@@ -89,6 +92,14 @@ def _spelt_out(value: Any) -> Any:
 def _write_json(path: Path, value: Any, indent: int | None = None) -> None:
     with replacing(path) as temporary:
         temporary.write_text(to_text(value, indent) + "\n", encoding="utf-8")
+
+
+def write_traceback(folder: Path, name: str) -> Path:
+    """Keep the traceback of the exception that is being handled, for whoever looks into it; return the file."""
+    path = folder / "failures" / f"{_file_name(name)}.txt"
+    with replacing(path) as temporary:
+        temporary.write_text(traceback.format_exc(), encoding="utf-8")
+    return path
 
 
 # ---------------------------------------------------------------------------------------------- store
@@ -118,9 +129,18 @@ class Store:
         """Return the record of exactly this cell, or None if it is still to be made."""
         return self._read(self.path(cell))
 
+    def select(self, cells: Iterable[Cell]) -> None:
+        """Note which cells the study has now; records of others, of an earlier plugin version say, stay but count no more."""
+        _write_json(self.folder / "study.json", {"records": sorted(_name(c) for c in cells)}, indent=1)
+
     def records(self) -> list[Record]:
-        """Return all records in the folder, by file name; what is not a whole record goes to ``problems``."""
-        found = (self._read(path) for path in sorted((self.folder / "records").glob("*.json")))
+        """Return the study's records by file name (all in the folder where it does not say which they are).
+
+        What is not a whole record goes to ``problems``.
+        """
+        chosen = self._parsed(self.folder / "study.json", lambda value: set(value["records"]), "list of records")
+        paths = sorted((self.folder / "records").glob("*.json"))
+        found = (self._read(path) for path in paths if chosen is None or path.stem in chosen)
         return [record for record in found if record is not None]
 
     def documents(self, cell: Cell) -> pd.DataFrame:
@@ -209,7 +229,11 @@ class Store:
 
 
 def _name(cell: Cell) -> str:
-    return f"{re.sub(r'[^A-Za-z0-9._-]+', '_', cell.label)}-{cell.hash[:12]}"
+    return f"{_file_name(cell.label)}-{cell.hash[:12]}"
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", text)
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Any:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import resource
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,18 +18,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from flexi_plugins.budget import check_reach
 from flexi_plugins.data import Cell, PluginVersion, PruningPlan, Record, Status, digest
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.evaluation import Measurer
 from flexi_plugins.execution.sweep import Planned
-from flexi_plugins.hookspecs import Candidate, ImportanceMetric, Outcome, ReplacementStrategy
+from flexi_plugins.hookspecs import Budget, Candidate, ImportanceMetric, Outcome, ReplacementStrategy
 from flexi_plugins.models import open_model
-from flexi_plugins.plugins import Entry, Plugins
+from flexi_plugins.plugins import Entry, Plugins, told
 from flexi_plugins.progress import Progress
 from flexi_plugins.pruner import Calibration, Pruner, incompatible, options_json, own_knob
 from flexi_plugins.report import write_reports
-from flexi_plugins.store import Journal, Store, commit, environment
-from flexi_plugins.studyfile import StudyFile
+from flexi_plugins.store import Journal, Store, commit, environment, write_traceback
+from flexi_plugins.studyfile import Measure, StudyFile
 
 
 @dataclass
@@ -60,8 +61,11 @@ class Study:
         """Run every cell that has no complete record; return the records of all cells of the study."""
         self.check_reach()
         works = self.works()
+        self.store.select(w.cell for w in works)
         todo = [w for w in works if not self._is_done(w.cell)]
         self.progress.say(f"study {self.file.name}: {len(works)} cells, {len(works) - len(todo)} of them done before")
+        for problem in self.store.problems:
+            self.progress.say(problem)
         if todo:
             for seed in self.file.seeds:
                 self.make_plans([w for w in todo if w.cell.seed == seed])
@@ -99,20 +103,24 @@ class Study:
     def check_reach(self) -> None:
         """Raise one error with every ratio that a strategy cannot meet on this model."""
         problems = []
-        for strategy, _, ratio in self._methods("strategy"):
-            reach = strategy.object.reach(self.checkpoint.shape)
-            if ratio > reach and not own_knob(strategy.object):
-                problems.append(
-                    f"{strategy.object.name}: ratio {ratio:g} is out of reach on {self.file.model}; it reaches up to {reach:.4f}"
-                )
+        for strategy, ratio in self._strategies():
+            try:
+                if ratio:
+                    reach = strategy.object.reach(self.checkpoint.shape)
+                    check_reach(strategy.object.name, Budget(self.checkpoint.shape.parameters, ratio), reach)
+            except FlexiError as error:
+                problems.append(str(error))
+            except Exception:  # a plugin may fail in any way: its cells will say so
+                continue
         if problems:
             raise FlexiError("\n".join(dict.fromkeys(problems)))
 
-    def _methods(self, kind: str) -> Iterator[tuple[Entry, dict[str, Any], float]]:
-        for method in self.file.metrics if kind == "metric" else self.file.strategies:
-            entry = self.plugins.entry(kind, method.name, method.options)
-            for ratio in method.ratios or self.file.ratios:
-                yield entry, method.options, ratio
+    def _strategies(self) -> Iterator[tuple[Entry, float]]:
+        """Yield every strategy with its ratios; 0 where an option of the strategy takes the place of the ratio."""
+        for method in self.file.strategies:
+            entry = self.plugins.entry("strategy", method.name, method.options)
+            for ratio in (0.0,) if own_knob(entry.object) else method.ratios or self.file.ratios:
+                yield entry, ratio
 
     def works(self) -> list[Work]:
         """Return the cells of the study, the dense model first."""
@@ -120,8 +128,8 @@ class Study:
         for seed in self.file.seeds:
             for metric in self.file.metrics:
                 chosen = self.plugins.entry("metric", metric.name, metric.options)
-                for strategy, _, ratio in self._methods("strategy"):
-                    if metric.ratios is None or ratio in metric.ratios:
+                for strategy, ratio in self._strategies():
+                    if metric.ratios is None or ratio == 0 or ratio in metric.ratios:
                         works.append(self._work(chosen, strategy, ratio, seed))
         return works
 
@@ -177,22 +185,29 @@ class Study:
 
     def make_plans(self, works: Sequence[Work]) -> None:
         """Make the plans of one seed's cells; a cell that fails is recorded, the others go on."""
-        cells = [w for w in works if w.metric and w.strategy]
         for work in works:
-            if work not in cells:
+            if work.metric is None:
                 work.planned = Planned(PruningPlan.identity(self.checkpoint.shape))
-        missing = [w for w in cells if not self._plan_from_store(w) and not self._declared_incompatible(w)]
+        cells = [w for w in works if w.metric is not None and not self._declared_incompatible(w)]
+        missing = [w for w in cells if not self._plan_from_store(w)]
         if not missing:
             return
         pruner = self.pruners[missing[0].cell.seed]
-        with self._timed(missing, "statistics"):
-            pruner.calibrate(n for w in missing for m in (w.metric, w.strategy) if m for n in m.needs)
+        self._calibrate(pruner, missing)
         with self.progress.stage(f"planning {len(missing)} cells (seed {pruner.seed})", len(missing)) as advance:
             for work in missing:
                 with self._caught(work), self._timed([work], "plan"):
                     self._make_plan(pruner, work)
                 advance(1)
         pruner.calibrator.forget([])
+
+    def _calibrate(self, pruner: Pruner, works: Sequence[Work]) -> None:
+        """Take all statistics together; if that fails, every cell takes its own, and those that cannot fail alone."""
+        with self._timed(works, "statistics"):
+            try:
+                pruner.calibrate(n for w in works for m in (w.metric, w.strategy) if m for n in m.needs)
+            except Exception as error:  # a plugin may fail in any way
+                self.progress.say(f"taking the statistics together failed, so each cell takes its own: {told(error)}")
 
     def _make_plan(self, pruner: Pruner, work: Work) -> None:
         assert work.metric is not None
@@ -236,23 +251,27 @@ class Study:
         if not ready:
             return
         candidates = [_candidate(g[0]) for g in groups.values()]
-        measurer = Measurer(
-            self.pruners[self.file.seeds[0]], self.journal, self.folder, [g[0].planned for g in groups.values()]
-        )
-        for measure in self.file.evaluation:
-            last = measure is self.file.evaluation[-1]
-            outcomes = iter(measurer.run(measure, candidates))
-            for group in groups.values():
-                with self._timed(group, measure.evaluator):
-                    outcome = next(outcomes)
-                for work in group:
-                    work.outcomes[_key(measure)] = outcome
-                    if last:
-                        self._finish(work)
+        planned = [g[0].planned for g in groups.values()]
+        with Measurer(self.pruners[self.file.seeds[0]], self.journal, self.folder, planned) as measurer:
+            for measure in self.file.evaluation:
+                with self._timed(ready, measure.evaluator):
+                    outcomes = measurer.run(measure, candidates)
+                for group in groups.values():
+                    with self._timed(group, measure.evaluator):
+                        outcome = next(outcomes)
+                    for work in group:
+                        work.outcomes[self._key(measure)] = outcome
+                        if measure is self.file.evaluation[-1]:
+                            self._finish(work)
+
+    def _key(self, measure: Measure) -> str:
+        """Return the evaluator's name, with a digest of its options where the study has it several times."""
+        alone = [m.evaluator for m in self.file.evaluation].count(measure.evaluator) == 1
+        return measure.evaluator if alone else f"{measure.evaluator}-{digest(measure.model_dump())[:6]}"
 
     def _finish(self, work: Work) -> None:
         """Write the record of a cell whose measurements are all there."""
-        failures = [f"{k}: {o.failure}" for k, o in work.outcomes.items() if o.failure]
+        failures = [f"{k}: {f}" for k, o in work.outcomes.items() if (f := _failure(o))]
         self._write(work, "failed" if failures else "complete", "; ".join(failures))
 
     # -- records
@@ -277,12 +296,16 @@ class Study:
 
     @contextmanager
     def _timed(self, works: Sequence[Work], stage: str) -> Iterator[None]:
+        """Add the seconds that this takes to these cells' stage; how many cells shared them, its longest part says."""
         start = time.monotonic()
-        yield
-        for work in works:
-            work.seconds[stage] = work.seconds.get(stage, 0.0) + time.monotonic() - start
-            if len(works) > 1:
-                work.shared_with[stage] = len(works)
+        try:
+            yield
+        finally:
+            seconds = time.monotonic() - start
+            for work in works:
+                if seconds > work.seconds.get(stage, 0.0):
+                    work.shared_with[stage] = len(works)
+                work.seconds[stage] = work.seconds.get(stage, 0.0) + seconds
 
     @contextmanager
     def _caught(self, work: Work) -> Iterator[None]:
@@ -291,12 +314,10 @@ class Study:
             yield
         except Exception as error:  # a plugin may fail in any way, and the other cells go on
             known = isinstance(error, FlexiError)
-            work.failure = str(error) if known else f"{type(error).__name__}: {error}"
+            work.failure = str(error) if known else told(error)
             self.progress.say(f"{work.cell.label} failed: {work.failure}")
             if not known:
-                folder = self.folder / "failures"
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / f"{work.cell.label}.txt").write_text(traceback.format_exc())
+                write_traceback(self.folder, work.cell.label)
 
 
 def _candidate(work: Work) -> Candidate:
@@ -304,8 +325,9 @@ def _candidate(work: Work) -> Candidate:
     return Candidate(work.cell.label, work.planned.plan)
 
 
-def _key(measure: Any) -> str:
-    return measure.evaluator if not measure.options else f"{measure.evaluator}-{digest(measure.model_dump())[:6]}"
+def _failure(outcome: Outcome) -> str | None:
+    unfit = [m.name for m in outcome.measurements if not math.isfinite(m.value)]
+    return outcome.failure or (f"{', '.join(unfit)}: not a finite number" if unfit else None)
 
 
 def _provenance_order(version: PluginVersion) -> tuple[str, str]:

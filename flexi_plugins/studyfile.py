@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from flexi_plugins.corpora.files import find_corpus
 from flexi_plugins.errors import FlexiError, unknown
+from flexi_plugins.families.known import check_name
 from flexi_plugins.plugins import Plugins
 
 
@@ -59,17 +63,24 @@ class CalibrationTable(Strict):
 class StudyFile(Strict):
     """A whole study: every metric x strategy x ratio x recovery x seed, and the dense model."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str
     model: str
     metrics: tuple[Method, ...] = Field(min_length=1)
     strategies: tuple[Method, ...] = Field(min_length=1)
     ratios: tuple[float, ...] = Field(min_length=1)
     evaluation: tuple[Measure, ...] = Field(min_length=1)
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
     recovery: tuple[str, ...] = ("none",)
     dense: bool = True
-    dtype: str = Field("auto", pattern="^(auto|float32|bfloat16|float16)$")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     calibration: CalibrationTable = Field(default_factory=lambda: CalibrationTable.model_validate({}))
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_folder(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
+            raise ValueError("it names a folder: expected letters, digits, '.', '_' and '-'")
+        return value
 
     @field_validator("metrics", "strategies", mode="before")
     @classmethod
@@ -77,6 +88,17 @@ class StudyFile(Strict):
         if isinstance(value, list):
             return [{"name": item} if isinstance(item, str) else item for item in value]
         return value
+
+
+class _Partial(StudyFile):
+    """What is left of a study file without the parts that have not the right form."""
+
+    name: str = "partial"
+    model: str = "smollm2-135m"
+    metrics: tuple[Method, ...] = ()
+    strategies: tuple[Method, ...] = ()
+    ratios: tuple[float, ...] = ()
+    evaluation: tuple[Measure, ...] = ()
 
 
 def read_study(path: Path | str, plugins: Plugins) -> StudyFile:
@@ -88,15 +110,13 @@ def read_study(path: Path | str, plugins: Plugins) -> StudyFile:
         raise FlexiError(f"study file {str(path)!r} does not exist") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise FlexiError(f"study file {str(path)!r} is not TOML: {error}") from None
-    problems = list(_form_problems(values))
-    study = None
-    if not problems:
-        study = StudyFile(**values)
-        problems = list(_name_problems(study, plugins))
-    if problems or study is None:
-        lines = "".join(f"\n  - {p}" for p in problems)
+    except OSError as error:
+        raise FlexiError(f"study file {str(path)!r} cannot be read: {error.strerror}") from None
+    problems = [*_form_problems(values), *_name_problems(_well_formed(values), plugins)]
+    if problems:
+        lines = "".join(f"\n  - {p}" for p in dict.fromkeys(problems))
         raise FlexiError(f"study file {str(path)!r} has {len(problems)} problem{'s' * (len(problems) > 1)}:{lines}")
-    return study
+    return StudyFile(**values)
 
 
 def _form_problems(values: dict[str, Any]) -> Iterator[str]:
@@ -104,40 +124,85 @@ def _form_problems(values: dict[str, Any]) -> Iterator[str]:
         StudyFile(**values)
     except ValidationError as error:
         for item in error.errors():
-            place = ".".join(str(p) for p in item["loc"])
+            *tables, key = item["loc"]
+            place = ".".join(map(str, tables))
             if item["type"] == "extra_forbidden":
-                table = CalibrationTable if item["loc"][0] == "calibration" else StudyFile
-                yield unknown("key", place, table.model_fields)
+                table = CalibrationTable if place else StudyFile
+                yield f"{place}: " * bool(place) + unknown("key", str(key), table.model_fields)
             else:
                 found = "" if item["type"] == "missing" else f", found {item['input']!r}"
-                yield f"{place}: {item['msg'].lower()}{found}"
+                yield f"{'.'.join(map(str, item['loc']))}: {_in_toml_words(item['msg'])}{found}"
+
+
+def _in_toml_words(message: str) -> str:
+    """Return pydantic's message with TOML's words for Python's."""
+    message = re.sub(r"value error, | after validation| or instance of \w+", "", message[0].lower() + message[1:])
+    return message.replace("valid dictionary", "table").replace("tuple", "list")
+
+
+def _well_formed(values: dict[str, Any]) -> StudyFile:
+    """Return the study without what has not the right form, so that the names in the rest are checked in the same go."""
+    kept = copy.deepcopy(values)
+    while True:
+        try:
+            return _Partial(**kept)
+        except ValidationError as error:
+            location: Any = error.errors()[0]["loc"]
+            top, *inner = location
+            if inner and isinstance(kept[top], dict | list):
+                del kept[top][inner[0]]
+            else:
+                del kept[top]
 
 
 def _name_problems(study: StudyFile, plugins: Plugins) -> Iterator[str]:
-    from flexi_plugins.models import check_name
-
     yield from _caught(check_name, study.model)
     for kind, methods in (("metric", study.metrics), ("strategy", study.strategies)):
         for method in methods:
-            yield from _caught(plugins.get, kind, method.name, method.options)
+            yield from _method_problems(kind, method, plugins)
     for measure in study.evaluation:
-        yield from _caught(plugins.get, "evaluator", measure.evaluator, measure.options)
-        yield from _measure_problems(measure, plugins)
+        yield from measure_problems(measure, plugins)
     for recovery in study.recovery:
         yield from _caught(plugins.get, "recovery", recovery)
         if recovery != "none" and recovery in plugins.entries("recovery"):
             yield f"recovery {recovery!r}: studies run recovery 'none' only"
     yield from _corpus_problems(study.calibration.corpus, plugins)
+    yield from _ratio_problems(study)
+    for key in ("metrics", "strategies", "evaluation", "ratios", "seeds"):
+        listed = getattr(study, key)
+        for item in [i for n, i in enumerate(listed) if i in listed[:n]]:
+            name = getattr(item, "evaluator", getattr(item, "name", item))
+            yield f"{key}: {name} is listed twice with the same options"
+
+
+def _method_problems(kind: str, method: Method, plugins: Plugins) -> Iterator[str]:
+    """Look for the plugin, its options, and the statistics that it needs."""
+    try:
+        found = plugins.get(kind, method.name, method.options)
+    except FlexiError as error:
+        yield str(error)
+        return
+    known = plugins.entries("statistic")
+    for name in sorted(found.needs - known.keys()):
+        yield f"{kind} {method.name!r}: it needs an {unknown('statistic', name, known)}"
+
+
+def _ratio_problems(study: StudyFile) -> Iterator[str]:
     for ratio in sorted({*study.ratios, *(r for m in (*study.metrics, *study.strategies) for r in m.ratios or ())}):
         if not 0 < ratio < 1:
             yield f"ratios: expected a share of the stored parameters between 0 and 1, found {ratio:g}"
+    planned = {*study.ratios, *(r for m in study.strategies for r in m.ratios or ())}
+    for method in study.metrics:
+        for ratio in sorted(set(method.ratios or ()) - planned):
+            yield f"metric {method.name!r}: its ratio {ratio:g} is none of the study's or of a strategy's"
 
 
-def _measure_problems(measure: Measure, plugins: Plugins) -> Iterator[str]:
-    """Ask the evaluator itself, where it can tell, and check the corpus it names."""
+def measure_problems(measure: Measure, plugins: Plugins) -> Iterator[str]:
+    """Look for the evaluator, its options and the corpus it names, and ask it what it can tell itself."""
     try:
         evaluator = plugins.get("evaluator", measure.evaluator, measure.options)
-    except FlexiError:
+    except FlexiError as error:
+        yield str(error)
         return
     if isinstance(getattr(evaluator, "corpus", None), str):
         yield from _corpus_problems(evaluator.corpus, plugins)
@@ -145,8 +210,6 @@ def _measure_problems(measure: Measure, plugins: Plugins) -> Iterator[str]:
 
 
 def _corpus_problems(name: str, plugins: Plugins) -> Iterator[str]:
-    from flexi_plugins.corpora.files import find_corpus
-
     yield from _caught(find_corpus, name, {n: e.object for n, e in plugins.entries("corpus").items()})
 
 

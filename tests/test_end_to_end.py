@@ -72,13 +72,16 @@ def records(folder: Path) -> dict[str, dict[str, float]]:
     found = [json.loads(p.read_text()) for p in (folder / "records").glob("*.json")]
     assert all(r["status"] == "complete" for r in found), [r["reason"] for r in found]
     return {
-        f"{r['cell']['metric']}-{r['cell']['strategy']}": {m["name"]: m["value"] for m in r["measurements"]} for r in found
+        f"{r['cell']['metric']}-{r['cell']['strategy']}": {m["name"]: m["value"] for m in r["measurements"]}
+        for r in found
     }
 
 
 def test_a_killed_study_resumes_and_equals_an_uninterrupted_one(study: Path, whole: Path, tmp_path: Path) -> None:
     killed = tmp_path / "killed"
-    process = subprocess.Popen([*RUN, str(study), "--out", str(killed)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*RUN, str(study), "--out", str(killed)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 400
     while len(list((killed / "journal").rglob("*.json"))) < 4 and time.monotonic() < deadline:
         assert process.poll() is None, "the study ended before it could be killed"

@@ -69,7 +69,9 @@ def test_a_progressive_step_starts_at_the_first_changed_block(pruner: Pruner, mo
     first = pruner.plan("come", ConcatMerge(merges=1), 0.0)
     changed = next(i for i, recipe in enumerate(first.blocks) if recipe.whole != i)
     assert len(plan.blocks) == BLOCKS - 2
-    assert len(runs) == (BLOCKS - 1 - changed) * BATCHES, "the second step runs the first merged block and those after it"
+    assert len(runs) == (BLOCKS - 1 - changed) * BATCHES, (
+        "the second step runs the first merged block and those after it"
+    )
 
 
 def test_identical_intermediate_plans_run_once(pruner: Pruner, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,7 +146,7 @@ def random_plan(shape: ModelShape, rng: random.Random, closed: bool = True) -> P
 
     closed: only what composes with any earlier closed plan of uniform blocks (no mix of a narrowed block).
     """
-    kept = sorted(rng.sample(range(len(shape.blocks)), rng.randint(2, len(shape.blocks))))
+    kept = sorted(rng.sample(range(len(shape.blocks)), rng.randint(min(2, len(shape.blocks)), len(shape.blocks))))
     recipes, gains = [], 0
     while kept:
         first = kept.pop(0)

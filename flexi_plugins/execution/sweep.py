@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flexi_plugins.data import PruningPlan
+from flexi_plugins.errors import FlexiError
 from flexi_plugins.execution.blocks import Blocks
 from flexi_plugins.rewrite import Tensors
 
@@ -22,10 +23,15 @@ HEAD_ROWS = 512  # positions per application of the head: 512 x 49,152 float32 l
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan with its attached tensors."""
+    """A plan with its attached tensors. The plan names them by digest, so that equal blocks are known to be equal."""
 
     plan: PruningPlan
     attached: Tensors = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        unnamed = set(self.attached) - {name for name, _ in self.plan.tensors}
+        if unnamed:
+            raise FlexiError(f"plan: attached tensor {min(unnamed)!r} has no digest in the plan; see with_digests")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,13 @@
-"""Configurations of published models, for arithmetic without weights and without a network."""
+"""Names of models, and configurations of published ones for arithmetic without weights and without a network."""
 
+import re
+from pathlib import Path
 from typing import Any
+
+from flexi_plugins.errors import FlexiError, unknown
+
+DEFAULT = "smollm2-135m"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 LLAMA_7B = {"model_type": "llama", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
 LLAMA_2_7B = {**LLAMA_7B, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
@@ -25,7 +32,7 @@ KNOWN: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "rms_norm_eps": 1e-5,
     },
-    "smollm2-135m": {
+    DEFAULT: {
         "model_type": "llama",
         "vocab_size": 49152,
         "hidden_size": 576,
@@ -37,3 +44,9 @@ KNOWN: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
+
+
+def check_name(name: str) -> None:
+    """Raise for a name that can be no model: no such folder, and not of the form OWNER/NAME[@REVISION]."""
+    if name != DEFAULT and not Path(name).is_dir() and not HUB_NAME.fullmatch(name):
+        raise FlexiError(f"{unknown('model', name, KNOWN)}, any folder with a checkpoint, and hub names OWNER/NAME")

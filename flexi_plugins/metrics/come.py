@@ -72,8 +72,8 @@ class PairAngle:
         count = trace.last.sum().float()
         if trace.index == 0:
             return {"all": torch.zeros(()), "last": torch.zeros(()), "count": count}
-        cosine = (1 - row_distance(trace.before[-1], trace.output)).clamp(0, 1)
-        angle = torch.arccos(cosine) / torch.pi
+        distance = row_distance(trace.before[-1], trace.output).clamp(0, 1)
+        angle = 2 * torch.arcsin((distance / 2).sqrt()) / torch.pi  # arccos(1 - distance), exact for small ones
         return {"all": angle.sum(), "last": angle[trace.last].sum(), "count": count}
 
     def finish(self, totals: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:

@@ -71,7 +71,7 @@ def row_scores(trace: LinearTrace, columns: bool) -> tuple[Tensor, Tensor]:
 class Saap:
     """Uncertainty-fused Taylor scores with a stability indicator; lambda 0 is fusion alone."""
 
-    stability: float = 0.5  # lambda: weight of the fluctuation in the keep score
+    stability: float = 0.1  # lambda: weight of the fluctuation in the keep score
     scope: Literal["module", "block"] = (
         "module"  # which units share sigma_v, sigma_e: one kind in all blocks, or in each
     )

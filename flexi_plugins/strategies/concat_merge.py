@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from flexi_plugins.budget import check_reach
-from flexi_plugins.data import BlockRecipe, BlockShape, ModelShape, Part, PruningPlan
+from flexi_plugins.data import BlockRecipe, ModelShape, Part, PruningPlan
 from flexi_plugins.errors import FlexiError, OutOfReach
 from flexi_plugins.hookspecs import Budget, PruningRequest, ReplacementStrategy, Weights, hookimpl
 
@@ -28,7 +28,7 @@ class ConcatMerge:
     ratio: Literal["own", "score"] = "own"  # width shares: CoMe's block influence, or the metric's block scores
     tokens: Literal["last", "all"] = "all"  # which tokens the angle is taken over ("last" as released for CoMe)
     exponent: float = 1.0  # p of the shares (--psu)
-    floor: float = 0.0  # least share of the larger block is this (--min-max); 0: none
+    floor: float = 0.0  # the larger share is at least floor ^ (1 / (original blocks - 1)) (--min-max); 0: none
     repeat: bool = False  # may a merged block be merged again
     merges: int | None = None  # how many merges, in the place of a ratio
 
@@ -49,20 +49,26 @@ class ConcatMerge:
 
     def reach(self, shape: ModelShape) -> float:
         """Return the ratio of merging every block once (or down to one block with ``repeat``)."""
-        count = len(shape.blocks)
-        merges = count - 1 if self.repeat else count // 2
-        return merges * min(shape.block_parameters(b) for b in shape.blocks) / shape.parameters
+        return self._most(shape) * min(shape.block_parameters(b) for b in shape.blocks) / shape.parameters
+
+    def _most(self, shape: ModelShape) -> int:
+        pairs = _neighbours(shape)
+        return len(pairs) if self.repeat else _disjoint(pairs)
 
     def finished(self, plan: PruningPlan, budget: Budget) -> bool:
         """Whether enough blocks are merged."""
         if self.merges is not None:
-            return len(plan.shape.blocks) - len(plan.blocks) >= self.merges
+            return _done(plan) >= self.merges
         return budget.met(plan)
 
     def plan(self, request: PruningRequest) -> PruningPlan:
         """Merge one pair of the current model."""
         if self.merges is None:
             check_reach(self.name, request.budget, self.reach(request.plan.shape))
+        elif not 0 < self.merges <= self._most(request.plan.shape):
+            raise FlexiError(
+                f"{self.name}: merges = {self.merges}, expected 1..{self._most(request.plan.shape)} on this model"
+            )
         first = self._pair(request)
         merged, note = self._merge(request, first)
         blocks = [BlockRecipe(parts=(Part(i),)) for i in range(len(request.shape.blocks))]
@@ -74,16 +80,24 @@ class ConcatMerge:
         return {}
 
     def _pair(self, request: PruningRequest) -> int:
+        """Return the first block of the pair to merge.
+
+        Blocks between merged ones can be left alone; a pair after which too few pairs were left for the ratio waits.
+        """
         blocks = request.plan.blocks
-        free = [self.repeat or len(b.parts) < 2 for b in blocks]
-        candidates = [
-            i for i in range(len(blocks) - 1) if free[i] and free[i + 1] and _alike(request.shape.blocks[i : i + 2])
-        ]
+        candidates = _neighbours(request.shape)
+        if not self.repeat:
+            once = [len(b.norm_weights) < 2 for b in blocks]
+            candidates = [i for i in candidates if once[i] and once[i + 1]]
         if not candidates:
             raise OutOfReach(
                 f"{self.name}: no two neighbouring blocks are left to merge at a ratio of {request.plan.ratio:.4f}; "
                 "set repeat = true to merge merged blocks again"
             )
+        if not self.repeat:
+            later = {i: _disjoint([c for c in candidates if abs(c - i) > 1]) for i in candidates}
+            needed = min(self._needed(request) - 1, max(later.values()))
+            candidates = [i for i in candidates if later[i] >= needed]
         if request.counting:
             return candidates[0]
         if self.pairs == "own":
@@ -91,6 +105,14 @@ class ConcatMerge:
             return min(candidates, key=lambda i: float(angles[i + 1]))
         scores = _block_scores(request)
         return min(candidates, key=lambda i: float(scores[i] + scores[i + 1]))
+
+    def _needed(self, request: PruningRequest) -> int:
+        """Return how many more merges the ratio, or ``merges``, asks for."""
+        plan = request.plan
+        if self.merges is not None:
+            return self.merges - _done(plan)
+        smallest = min(plan.shape.block_parameters(b) for b in plan.shape.blocks)
+        return -((request.budget.target - plan.stored_parameters) // smallest)
 
     def _shares(self, request: PruningRequest, first: int) -> tuple[float, float]:
         """F_merge: r_j = influence_j ^ p / sum, with a floor for the larger one."""
@@ -103,10 +125,13 @@ class ConcatMerge:
             scores = _block_scores(request)
             values = [float(scores[i] - scores.min()) for i in (first, first + 1)]
         powers = [v**self.exponent for v in values]
-        share = powers[0] / sum(powers) if sum(powers) > 0 else 0.5
-        if max(share, 1 - share) < self.floor:
-            share = self.floor if share >= 0.5 else 1 - self.floor
-        return share, 1 - share
+        total = sum(powers)
+        shares = (powers[0] / total, powers[1] / total) if total > 0 else (0.5, 0.5)
+        originals = sum(len(request.plan.blocks[i].norm_weights) for i in (first, first + 1))
+        floor = self.floor ** (1 / (originals - 1))
+        if max(shares) < floor:
+            return (floor, 1 - floor) if shares[0] >= shares[1] else (1 - floor, floor)
+        return shares
 
     def _merge(self, request: PruningRequest, first: int) -> tuple[BlockRecipe, list[str]]:
         shares = self._shares(request, first)
@@ -125,7 +150,7 @@ class ConcatMerge:
             )
         kept = tuple(p for p in parts if p.kv_heads or p.channels)
         note = (
-            f"merge {len(request.plan.shape.blocks) - len(request.plan.blocks) + 1}: blocks {first} and {first + 1} share "
+            f"merge {_done(request.plan) + 1}: blocks {first} and {first + 1} share "
             f"{shares[0]:.3f} : {shares[1]:.3f}, KV heads {heads[0]} + {heads[1]}, channels {channels[0]} + {channels[1]}"
         )
         return BlockRecipe(parts=kept, norms=((first, 0.5), (first + 1, 0.5))), [note]
@@ -139,9 +164,23 @@ class ConcatMerge:
         return tuple(sorted(scores[block].topk(count).indices.tolist()))
 
 
-def _alike(shapes: tuple[BlockShape, ...]) -> bool:
-    a, b = shapes
-    return (a.head_dim, a.group, a.attention_type) == (b.head_dim, b.group, b.attention_type)
+def _done(plan: PruningPlan) -> int:
+    return len(plan.shape.blocks) - len(plan.blocks)
+
+
+def _neighbours(shape: ModelShape) -> list[int]:
+    """Return every i whose block can be concatenated with block i + 1."""
+    kinds = [(b.head_dim, b.group, b.attention_type) for b in shape.blocks]
+    return [i for i in range(len(kinds) - 1) if kinds[i] == kinds[i + 1]]
+
+
+def _disjoint(pairs: list[int]) -> int:
+    """Return how many of the pairs (i, i + 1), i ascending, can be taken so that no block is in two."""
+    count, last = 0, -2
+    for i in pairs:
+        if i > last + 1:
+            count, last = count + 1, i
+    return count
 
 
 def _split(total: int, shares: tuple[float, float], available: list[int]) -> tuple[int, int]:

@@ -82,7 +82,7 @@ class RemoveUnits:
         )
 
     def _with_fraction(self, request: PruningRequest, fraction: float) -> PruningPlan:
-        """LLM-Pruner's count: width - int(width x (1 - fraction)) groups go; what that rounded is noted in the plan."""
+        """LLM-Pruner's count: rows - int(rows x (1 - fraction)) rows go, in whole heads; the plan notes any rounding."""
         assert request.scores is not None
         assert request.scores.attention is not None
         assert request.scores.mlp is not None
@@ -92,11 +92,12 @@ class RemoveUnits:
         notes = set()
         for index in self._blocks(request.shape):
             block = request.shape.blocks[index]
-            for kind, width, scores in (
-                ("attention", block.kv_heads, request.scores.attention[index]),
-                ("mlp", block.channels, request.scores.mlp[index]),
+            for kind, width, rows, scores in (
+                ("attention", block.kv_heads, block.head_dim, request.scores.attention[index]),
+                ("mlp", block.channels, 1, request.scores.mlp[index]),
             ):
-                count = width - max(1, int(width * (1 - fraction))) if width else 0
+                count = (width * rows - int(width * rows * (1 - fraction))) // rows
+                count = max(0, min(count, width - 1))
                 gone[index, kind] = lowest(scores, count, range(width))
                 if count != width * fraction:
                     unit = "KV heads" if kind == "attention" else "channels"

@@ -8,10 +8,12 @@ Adapters start at the SVD of the full difference W_i - W_j; both sub-layers' out
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from flexi_plugins.budget import check_reach, lowest, smallest
+from flexi_plugins.budget import check_reach, smallest
 from flexi_plugins.data import BlockRecipe, ModelShape, Part, PruningPlan
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.hookspecs import Budget, PruningRequest, ReplacementStrategy, Weights, hookimpl
@@ -26,7 +28,7 @@ class ShareLora:
 
     blocks: int | None = None  # how many to replace, in the place of a ratio
     rank: int | None = None  # adapter rank; default hidden / 16, the paper's 256 at 4096
-    output_gain: float = 0.1  # start of gamma; the paper's value is unknown ("small", "carefully tuned")
+    output_gain: float = 0.01  # start of gamma; the paper's value is unknown ("small", "carefully tuned")
     protect_first: int = 0
     protect_last: int = 0
 
@@ -36,55 +38,49 @@ class ShareLora:
     wants: ClassVar[frozenset[str]] = frozenset({"block"})
     progressive: ClassVar[bool] = False
 
-    def _allowed(self, shape: ModelShape) -> list[int]:
-        allowed = list(range(self.protect_first, len(shape.blocks) - self.protect_last))
-        return allowed[: len(shape.blocks) - 1]
+    def _order(self, shape: ModelShape, scores: Sequence[float]) -> list[int]:
+        """Return the blocks that may go, lowest score first; of every kind of block the best one stays as a donor."""
+        stay = Counter(shape.blocks)
+        order = []
+        allowed = range(self.protect_first, len(shape.blocks) - self.protect_last)
+        for index in sorted(allowed, key=lambda i: (scores[i], -i)):
+            if stay[shape.blocks[index]] > 1:
+                stay[shape.blocks[index]] -= 1
+                order.append(index)
+        return order
 
     def _rank(self, shape: ModelShape) -> int:
         return max(1, shape.hidden // 16) if self.rank is None else self.rank
 
     def reach(self, shape: ModelShape) -> float:
-        """Return the ratio of replacing every block that may go (one donor stays)."""
-        gone = set(self._allowed(shape))
-        donor = min(set(range(len(shape.blocks))) - gone)
-        return self._sharing(shape, dict.fromkeys(gone, donor)).ratio if gone else 0.0
+        """Return the ratio of replacing every block that may go (one donor of each kind stays)."""
+        gone = self._order(shape, [0.0] * len(shape.blocks))
+        return self._sharing(shape, gone).ratio if gone else 0.0
 
     def plan(self, request: PruningRequest) -> PruningPlan:
         """Choose the blocks to replace by score, then each one's donor by distance."""
         assert request.scores is not None
         assert request.scores.block is not None
-        scores, shape = request.scores.block, request.shape
-        allowed = list(range(self.protect_first, len(shape.blocks) - self.protect_last))
-
-        def sized(count: int) -> PruningPlan:
-            gone = lowest(scores, count, allowed)
-            donor = min(set(range(len(shape.blocks))) - set(gone))
-            return self._sharing(shape, dict.fromkeys(gone, donor))
-
+        shape = request.shape
+        order = self._order(shape, request.scores.block.tolist())
         count = self.blocks
         if count is None:
             check_reach(self.name, request.budget, self.reach(shape))
-            count = smallest(len(self._allowed(shape)), sized, request.budget, self.name)
-        if not 0 < count <= len(self._allowed(shape)):
-            raise FlexiError(f"{self.name}: blocks = {count}, expected 1..{len(self._allowed(shape))} on this model")
-        if request.weights is None:
-            return sized(count)
-        gone = lowest(scores, count, allowed)
-        kept = [i for i in range(len(shape.blocks)) if i not in gone]
-        return self._sharing(shape, {i: self._donor(i, kept, request.weights, shape) for i in gone})
+            count = smallest(len(order), lambda n: self._sharing(shape, order[:n]), request.budget, self.name)
+        if not 0 < count <= len(order):
+            raise FlexiError(f"{self.name}: blocks = {count}, expected 1..{len(order)} on this model")
+        return self._sharing(shape, order[:count], request.weights)
 
-    def _sharing(self, shape: ModelShape, donors: dict[int, int]) -> PruningPlan:
-        plan = PruningPlan.identity(shape)
-        blocks = list(plan.blocks)
-        for block, donor in donors.items():
+    def _sharing(self, shape: ModelShape, gone: Sequence[int], weights: Weights | None = None) -> PruningPlan:
+        blocks = list(PruningPlan.identity(shape).blocks)
+        for block in gone:
+            donors = [j for j, s in enumerate(shape.blocks) if j not in gone and s == shape.blocks[block]]
+            donor = self._nearest(block, donors, weights, shape) if weights else donors[0]
             blocks[block] = BlockRecipe(parts=(Part(block),), shares=donor, rank=self._rank(shape), output_norm=True)
-        return replace(plan, blocks=tuple(blocks))
+        return PruningPlan(shape, tuple(blocks))
 
-    def _donor(self, block: int, candidates: list[int], weights: Weights, shape: ModelShape) -> int:
-        alike = [j for j in candidates if shape.blocks[j] == shape.blocks[block]]
-        if not alike:
-            raise FlexiError(f"{self.name}: block {block} has no unpruned block of its width to share with")
-        return min(alike, key=lambda j: block_distance(block, j, self._rank(shape), weights))
+    def _nearest(self, block: int, donors: list[int], weights: Weights, shape: ModelShape) -> int:
+        return min(donors, key=lambda j: block_distance(block, j, self._rank(shape), weights))
 
     def finished(self, plan: PruningPlan, budget: Budget) -> bool:
         """Return True: one step does it all."""
@@ -100,9 +96,10 @@ class ShareLora:
                 continue
             own, donor = weights.block(recipe.parts[0].source), weights.block(recipe.shares)
             for role, weight in own.items():
-                a, b = difference_adapter(weight, donor[role], recipe.rank)
-                made[f"blocks.{position}.{role}.lora_a"] = a.to(weight.dtype)
-                made[f"blocks.{position}.{role}.lora_b"] = b.to(weight.dtype)
+                if recipe.rank:
+                    a, b = difference_adapter(weight, donor[role], recipe.rank)
+                    made[f"blocks.{position}.{role}.lora_a"] = a.to(weight.dtype)
+                    made[f"blocks.{position}.{role}.lora_b"] = b.to(weight.dtype)
             dtype = next(iter(own.values())).dtype
             for part in ("attention", "mlp"):
                 gain = torch.full((plan.shape.hidden,), self.output_gain, dtype=dtype)

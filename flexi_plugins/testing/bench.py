@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,12 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from flexi_plugins.calibration import Calibrator
 from flexi_plugins.checkpoint import Checkpoint
 from flexi_plugins.data import BlockRecipe, ModelShape, Part, PruningPlan, Scores
-from flexi_plugins.execution.blocks import Blocks
 from flexi_plugins.execution.sweep import Planned
-from flexi_plugins.hookspecs import Budget, ImportanceMetric, PruningRequest, ReplacementStrategy, Statistic
+from flexi_plugins.hookspecs import Budget, ImportanceMetric, PruningRequest, ReplacementStrategy
 from flexi_plugins.plugins import Plugins
 from flexi_plugins.pruner import Pruner
 from flexi_plugins.rewrite import unit_rows
@@ -36,6 +36,7 @@ class TinyPruner(Pruner):
 
     def __init__(self, checkpoint: Checkpoint, plugins: Plugins, dtype: str = "float32") -> None:
         super().__init__(checkpoint, plugins=plugins, dtype=dtype)
+        self._plans: dict[tuple[str, str, float], PruningPlan] = {}
 
     @cached_property
     def texts(self) -> tuple[Tensor, Tensor, str]:
@@ -55,19 +56,21 @@ class TinyPruner(Pruner):
         )
 
     def bounded_plan(self, metric: ImportanceMetric, strategy: ReplacementStrategy, ratio: float) -> PruningPlan:
-        """Return the plan of a metric and a strategy; raise if it takes more steps than the model has units."""
-        blocks = self.checkpoint.shape.blocks
-        steps, most = [], sum(1 + b.kv_heads + b.channels for b in blocks)
+        """Return the plan of a metric and a strategy, made once; raise if it takes more steps than the model has units."""
+        key = repr(metric), repr(strategy), ratio
+        steps, most = [], sum(1 + b.kv_heads + b.channels for b in self.checkpoint.shape.blocks)
 
         def count(text: str) -> None:
             steps.append(text)
             expect(len(steps) <= most, f"it is not finished after {most} steps; the last was {steps[-1]!r}")
 
-        return self.plan(metric, strategy, ratio, count)
+        if key not in self._plans:
+            self._plans[key] = self.plan(metric, strategy, ratio, count)
+        return self._plans[key]
 
 
 class Bench:
-    """Tiny models with what was measured on them, shared by all checks of one run."""
+    """Tiny models with what was measured on them, shared by the checks of one object."""
 
     def __init__(self, plugins: Plugins) -> None:
         self.plugins = plugins
@@ -96,11 +99,6 @@ class Bench:
         checkpoint = tiny_checkpoint(kind)
         half = {n: checkpoint.read(n).bfloat16() for n in checkpoint.tensor_names()}
         return TinyPruner(with_tensors(checkpoint, half), self.plugins, "bfloat16")
-
-    def calibrator(self, statistic: Statistic, rows: int, windows: Tensor, samples: Tensor) -> Calibrator:
-        """Return a calibrator that knows one statistic and takes so many rows at once."""
-        blocks = Blocks(self.pruner().checkpoint)
-        return Calibrator(blocks, windows, samples, {statistic.name: statistic}, rows)
 
 
 # ------------------------------------------------------------------------------------- changed models
@@ -255,9 +253,6 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 def alternatives(value: Any) -> list[Any]:
     """Return the object once for every other choice of each of its Literal and bool options."""
-    import dataclasses
-    import typing
-
     hints = typing.get_type_hints(type(value))
     found = []
     for field in dataclasses.fields(value):

@@ -55,6 +55,15 @@ KINDS: dict[str, dict[str, Any]] = {
         "sliding_window": 8,
     },
     "qwen2": {"model_type": "qwen2", "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2},
+    "qwen2-mixed": {  # blocks that differ in their attention cannot share weights or be merged
+        "model_type": "qwen2",
+        "hidden_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "layer_types": [*["full_attention"] * 2, *["sliding_attention"] * 2, *["full_attention"] * 2],
+    },
     "qwen3": {  # heads that together are wider than the residual stream
         "model_type": "qwen3",
         "hidden_size": 48,
@@ -117,15 +126,15 @@ def tiny_tokens(rows: int = 8, length: int = 24, seed: int = 0) -> Tensor:
 
 
 def tiny_tokenizer() -> Any:
-    """Return a tokenizer with one token a byte."""
+    """Return a tokenizer with one token a byte, and an end of text in the place of a byte that UTF-8 never uses."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    alphabet = {byte: index for index, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    alphabet = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - {"\xff"})
+    tokenizer = Tokenizer(models.BPE(vocab={byte: index for index, byte in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=COMMON["max_position_embeddings"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
 
 
 def write_tiny_folder(folder: Path | str, kind: str = "llama-gqa-tied", seed: int = 0, **changes: Any) -> Path:

@@ -71,7 +71,9 @@ def measure(
 
 def declares_span_and_direction(bench: Bench, statistic: Statistic) -> None:
     """``span`` is a number of blocks, and ``backward`` says yes or no."""
-    expect(type(statistic.span) is int and statistic.span >= 1, f"expected a span of 1 or more, found {statistic.span!r}")
+    expect(
+        type(statistic.span) is int and statistic.span >= 1, f"expected a span of 1 or more, found {statistic.span!r}"
+    )
     expect(type(statistic.backward) is bool, f"expected backward to be True or False, found {statistic.backward!r}")
 
 
@@ -134,7 +136,10 @@ def sums_in_float32(bench: Bench, statistic: Statistic) -> None:
     def see(trace: Any, observe: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         sums = observe()
         for name, value in sums.items():
-            expect(value.dtype == torch.float32, f"expected float32 sums in a bfloat16 model, found {name!r} in {value.dtype}")
+            expect(
+                value.dtype == torch.float32,
+                f"expected float32 sums in a bfloat16 model, found {name!r} in {value.dtype}",
+            )
         return sums
 
     values = measure(bench.in_bfloat16(), Watched(statistic, see))

@@ -1,0 +1,568 @@
+"""The command line: its frozen options, what each command gives on a tiny model, what it says when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import typer.main
+from studies import make_model, make_study, make_text
+from transformers import AutoModelForCausalLM
+
+from flexi_plugins import cli
+from flexi_plugins.data import PruningPlan
+from flexi_plugins.families.known import KNOWN
+from flexi_plugins.models import known_config
+from flexi_plugins.plugins import Plugins
+from flexi_plugins.pruner import Pruner, count_only, own_knob
+from flexi_plugins.store import from_text
+from flexi_plugins.studyfile import read_study
+
+RECIPES = sorted((Path(__file__).parents[1] / "baselines" / "recipes").glob("*.toml"))
+PLANNED = ("--model", "--metric", "--strategy", "--ratio", "--metric-option", "--strategy-option")
+CALIBRATED = ("--corpus", "--seed", "--data", "--dtype", "--json", "--help")
+OPTIONS = {  # a change here is a change of what users have written in their scripts
+    "run": {"STUDY", "--out", "--data", "--json", "--help"},
+    "plan": {*PLANNED, *CALIBRATED, "-o", "--output", "--count-only"},
+    "prune": {*PLANNED, *CALIBRATED, "-o", "--output", "--plan"},
+    "eval": {
+        "--model",
+        "--plan",
+        "--tasks",
+        "--limit",
+        "--perplexity",
+        "--window",
+        "--tokens",
+        "--efficiency",
+        "--data",
+        "--dtype",
+        "--json",
+        "--help",
+    },
+    "report": {"FOLDER", "--publish", "--json", "--help"},
+    "list": {"--json", "--help"},
+    "check": {"STUDIES", "--json", "--help"},
+}
+
+
+@dataclass
+class Said:
+    """What a command said and how it ended."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return from_text(self.out)
+
+
+Flexi = Callable[..., Said]
+
+
+@pytest.fixture
+def flexi(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Flexi:
+    """Run the command line in this process, as the installed command does."""
+
+    def run(*arguments: Any, data: str | None = None) -> Said:
+        monkeypatch.setattr(sys, "argv", ["flexi", *map(str, arguments)])
+        environment = {"FLEXI_PLUGINS": "", **({"FLEXI_DATA": data} if data else {})}
+        with mock.patch.dict(os.environ, environment):
+            if data is None:
+                os.environ.pop("FLEXI_DATA", None)
+            status = 0
+            try:
+                cli.main()
+            except SystemExit as end:
+                status = end.code if isinstance(end.code, int) else int(bool(end.code))
+        return Said(status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+# ------------------------------------------------------------------------------------------------- the contract
+
+
+def commands() -> dict[str, Any]:
+    group: Any = typer.main.get_command(cli.app)
+    return dict(group.commands)
+
+
+def names_of(command: Any) -> set[str]:
+    names = {"--help"}
+    for parameter in command.params:
+        argument = parameter.param_type_name == "argument"
+        names |= {parameter.name.upper()} if argument else {*parameter.opts, *parameter.secondary_opts}
+    return names
+
+
+def test_the_commands_and_options_are_exactly_these() -> None:
+    found = commands()
+    assert found.keys() == OPTIONS.keys()
+    assert {name: names_of(command) for name, command in found.items()} == OPTIONS
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_help_shows_examples_that_fit(command: str, flexi: Flexi) -> None:
+    said = flexi(command, "--help")
+    assert said.status == 0
+    examples = re.findall(r"Example: flexi (.+)", said.out)
+    assert examples, said.out
+    for example in examples:
+        name, *words = example.split()
+        assert name == command
+        assert {w for w in words if w.startswith("-")} <= OPTIONS[command]
+        last = words[-1] if words else ""
+        assert not last.startswith("-") or last in ("--json", "--efficiency"), "an example is one line, to be copied"
+
+
+def test_help_and_import_load_no_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['flexi', '--help']\n"
+        "import flexi_plugins\n"
+        "from flexi_plugins import cli\n"
+        "try:\n"
+        "    cli.main()\n"
+        "finally:\n"
+        "    heavy = {'torch', 'transformers', 'lm_eval', 'pandas'} & set(sys.modules)\n"
+        "    assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+# ------------------------------------------------------------------------------------------------ plan and prune
+
+COUNTED = [
+    ("huggyllama/llama-7b", ["remove-units", "mode=uniform", "fraction=0.25", "first=4", "last=29"], 5_422_977_024),
+    ("lmsys/vicuna-7b-v1.3", ["remove-units", "mode=uniform", "fraction=0.25", "first=4", "last=29"], 5_422_977_024),
+    ("meta-llama/Llama-3.1-8B", ["remove-units", "mode=uniform", "fraction=0.25", "first=4", "last=29"], 6_612_586_496),
+    (
+        "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
+        ["remove-units", "mode=uniform", "fraction=0.25", "first=4", "last=17"],
+        945_907_712,
+    ),
+    ("meta-llama/Llama-2-7b-hf", ["remove-blocks", "blocks=10"], 4_714_582_016),
+]
+
+
+@pytest.mark.parametrize(("name", "method", "stored"), COUNTED)
+def test_parameters_are_counted_without_weights(flexi: Flexi, name: str, method: list[str], stored: int) -> None:
+    strategy, *options = method
+    given = [x for o in options for x in ("--strategy-option", o)]
+    plan = ["plan", "--count-only", "--model", name, "--strategy", strategy, *given]
+    said = flexi(*plan)
+    assert said.status == 0, said.err
+    assert f"stored {stored:,} of " in said.out
+    assert flexi(*plan, "--json").json["stored_parameters"] == stored
+
+
+def test_sharing_nine_blocks_stores_more_than_removing_them(flexi: Flexi) -> None:
+    def stored(*method: str) -> int:
+        counted = flexi("plan", "--count-only", "--model", "huggyllama/llama-7b", "--strategy", *method, "--json")
+        return counted.json["stored_parameters"]
+
+    shared = stored("share-lora", "--strategy-option", "blocks=9", "--strategy-option", "rank=256")
+    removed = stored("remove-blocks", "--strategy-option", "blocks=9")
+    assert (shared - removed) / KNOWN_SIZE == pytest.approx(0.0366, abs=5e-5)
+    ten = flexi("plan", "--count-only", "--model", "meta-llama/Llama-2-7b-hf", "--strategy", "remove-blocks",
+                "--strategy-option", "blocks=10")  # fmt: skip
+    assert "(30.03%)" in ten.out
+
+
+KNOWN_SIZE = 6_738_415_616  # of LLaMA-7B
+
+
+@pytest.fixture
+def method(model: Path, text: Path) -> list[str]:
+    where = ["--model", str(model), "--corpus", f"file:{text}", "--dtype", "float32"]
+    return [*where, "--metric", "come", "--strategy", "concat-merge", "--ratio", "0.2"]
+
+
+def test_a_plan_is_shown_and_written_before_any_weight_is_changed(
+    flexi: Flexi, method: list[str], tmp_path: Path
+) -> None:
+    said = flexi("plan", *method, "-o", tmp_path / "plan.json")
+    assert said.status == 0, said.err
+    rows = [line.split() for line in said.out.splitlines()]
+    assert rows[0] == ["block", "from", "what", "kv", "heads", "channels", "parameters"]
+    assert sum("unchanged" in line for line in said.out.splitlines()) == 2
+    assert "merged: " in said.out
+    plan = PruningPlan.from_json(json.loads((tmp_path / "plan.json").read_text()))
+    assert f"stored {plan.stored_parameters:,} of {plan.shape.parameters:,} parameters" in said.out
+    summary = flexi("plan", *method, "--json").json
+    assert summary["stored_parameters"] == plan.stored_parameters
+    assert [b["block"] for b in summary["blocks"]] == ["0", "1", "2", "3"]
+    assert sum(b["parameters"] for b in summary["blocks"]) + plan.shape.outer_parameters == plan.stored_parameters
+
+
+@pytest.mark.parametrize("strategy", ["concat-merge", "share-lora"])
+def test_a_plan_file_gives_the_same_model_as_its_method(
+    flexi: Flexi, method: list[str], model: Path, tmp_path: Path, strategy: str
+) -> None:
+    method = [strategy if word == "concat-merge" else word for word in method]
+    assert flexi("plan", *method, "-o", tmp_path / "plan.json").status == 0
+    planned = flexi("prune", "--model", model, "--plan", tmp_path / "plan.json", "-o", tmp_path / "planned")
+    direct = flexi("prune", *method, "-o", tmp_path / "direct", "--json")
+    assert (planned.status, direct.status) == (0, 0), planned.err + direct.err
+    files = sorted(p.name for p in (tmp_path / "direct").iterdir())
+    assert {"config.json", "model.safetensors", "plan.json", "tokenizer.json"} <= set(files)
+    assert files == sorted(p.name for p in (tmp_path / "planned").iterdir())
+    for name in files:
+        assert (tmp_path / "planned" / name).read_bytes() == (tmp_path / "direct" / name).read_bytes(), name
+    assert direct.json["plain"] == (strategy == "concat-merge")
+    kind = "a plain transformers folder" if direct.json["plain"] else "FlexiForCausalLM, since block"
+    assert kind in planned.out
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "direct")
+    count = sum(p.numel() for p in pruned.parameters())
+    assert count == direct.json["stored_parameters"]
+    pruned.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False)
+    again = flexi("plan", "--model", tmp_path / "direct", "--corpus", method[3], *method[4:6], "--metric", "come",
+                  "--strategy", "remove-blocks", "--ratio", "0.1")  # fmt: skip
+    assert again.status == (0 if direct.json["plain"] else 2), "a pruned model is a model"
+
+
+def test_an_existing_folder_is_refused_before_any_work(
+    flexi: Flexi, method: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was opened")
+
+    monkeypatch.setattr(Pruner, "__init__", fails)
+    said = flexi("prune", *method, "-o", tmp_path)
+    assert said.status == 2
+    assert said.err == f"error: output '{tmp_path}' exists already; name another folder or remove it\n"
+
+
+def test_a_folder_that_cannot_be_written_is_named(flexi: Flexi, method: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    said = flexi("prune", *method, "-o", tmp_path / "file" / "pruned")
+    assert said.status == 2
+    assert re.search(r"^error: output '.*/file/pruned': cannot be written: ", said.err, re.MULTILINE)
+    said = flexi("plan", *method, "-o", tmp_path / "file" / "plan.json")
+    assert said.status == 2
+    assert "plan.json: cannot be written" in said.err
+
+
+def test_a_full_disk_leaves_no_part_of_a_model(flexi: Flexi, method: list[str], tmp_path: Path) -> None:
+    from resource import RLIMIT_FSIZE, getrlimit, setrlimit
+
+    before = getrlimit(RLIMIT_FSIZE)
+    setrlimit(RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        said = flexi("prune", *method, "-o", tmp_path / "pruned")
+    finally:
+        setrlimit(RLIMIT_FSIZE, before)
+    assert said.status == 2
+    assert "cannot be written" in said.err
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------- what is told of errors
+
+NEAR = [
+    (["--model", "smollm2-135"], "unknown model 'smollm2-135': did you mean 'smollm2-135m'?"),
+    (["--metric", "comme"], "unknown metric 'comme': did you mean 'come'?"),
+    (["--strategy", "concat"], "unknown strategy 'concat': did you mean 'concat-merge'?"),
+    (["--corpus", "python"], "unknown corpus 'python': did you mean 'python-docs'?"),
+    (["--corpus", "file:/no/such.txt"], "corpus 'file:/no/such.txt': expected a text file, found none"),
+    (["--dtype", "float64"], "unknown dtype 'float64': did you mean 'float16' or 'bfloat16' or 'float32'?"),
+    (["--strategy-option", "repeet=true"], "strategy 'concat-merge': unknown option 'repeet': did you mean 'repeat'?"),
+    (["--strategy-option", "repeat=perhaps"], "strategy 'concat-merge': option 'repeat': expected"),
+    (["--strategy-option", "repeat"], "option 'repeat': expected KEY=VALUE"),
+    (["--ratio", "1.5"], "concat-merge: ratio 1.5 is not between 0 and 1; on this model it reaches up to 0.4"),
+    (["--ratio", "0"], "concat-merge: ratio 0 is not between 0 and 1; on this model it reaches up to 0.4"),
+    (["--ratio", "0.7"], "concat-merge: ratio 0.7 is out of reach on this model; it reaches ratios up to 0.4"),
+]
+
+
+@pytest.mark.parametrize(("given", "problem"), NEAR)
+def test_what_is_unknown_is_answered_with_what_there_is(
+    flexi: Flexi, method: list[str], given: list[str], problem: str
+) -> None:
+    said = flexi("plan", *method, *given)
+    assert said.status == 2
+    assert said.err.splitlines()[-1].startswith("error: ")
+    assert problem in said.err
+    assert "Traceback" not in said.err
+
+
+@pytest.mark.parametrize(
+    ("without", "problem"),
+    [
+        ("--metric", "give --metric: there is come, flexigpt, saap"),
+        ("--strategy", "give --strategy: there is concat-merge, remove-blocks, remove-units, share-lora"),
+        ("--ratio", "strategy 'concat-merge': give --ratio, the share of the stored parameters to remove"),
+    ],
+)
+def test_what_is_left_out_is_asked_for(flexi: Flexi, method: list[str], without: str, problem: str) -> None:
+    place = method.index(without)
+    said = flexi("plan", *method[:place], *method[place + 2 :])
+    assert said.status == 2
+    assert problem in said.err
+
+
+def test_an_unknown_command_or_option_is_a_usage_error(flexi: Flexi) -> None:
+    assert flexi("prun").status == 2
+    assert flexi("plan", "--ratoi", "0.2").status == 2
+    assert flexi("prune").status == 2
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "3", '{"shape": 3}', '{"shape": {"blocks": []}}', '{"shape": {}, "blocks": [3]}', None]
+)
+def test_a_file_that_is_no_plan_is_named(flexi: Flexi, model: Path, tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "plan.json").write_text(content)
+    said = flexi("prune", "--model", model, "--plan", tmp_path / "plan.json", "-o", tmp_path / "pruned")
+    assert said.status == 2
+    assert f"error: plan file '{tmp_path / 'plan.json'}'" in said.err
+
+
+def test_a_plan_of_another_model_is_refused(flexi: Flexi, model: Path, tmp_path: Path) -> None:
+    config = known_config("smollm2-135m")
+    plan = PruningPlan.identity(Plugins.load().family(config).shape(config))
+    (tmp_path / "plan.json").write_text(json.dumps(plan.to_json()))
+    said = flexi("prune", "--model", model, "--plan", tmp_path / "plan.json", "-o", tmp_path / "pruned")
+    assert said.status == 2
+    assert "was made for a model of another shape" in said.err
+    both = flexi("prune", "--model", model, "--plan", tmp_path / "plan.json", "--metric", "come", "-o", tmp_path / "p")
+    assert "give either --plan, or --metric, --strategy and --ratio" in both.err
+
+
+def test_a_checkpoint_that_is_broken_is_named(flexi: Flexi, method: list[str], tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "broken")
+    place = method.index("--model") + 1
+    given = [*method[:place], str(folder), *method[place + 1 :]]
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-100])
+    assert re.search(r"model\.safetensors is truncated: tensor '.*' ends beyond the file", flexi("plan", *given).err)
+    (folder / "model.safetensors").write_bytes(weights)
+    config = json.loads((folder / "config.json").read_text())
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"intermediate_size": 72}, "mlp.gate_proj.weight' has shape [64, 32], config.json promises [72, 32]"),
+        ({"model_type": "gpt2"}, "model type 'gpt2' is not of the Llama shape"),
+        ({"model_type": "new"}, "its config.json cannot be used: "),
+        ({"num_attention_heads": 7}, "its config.json cannot be used: "),
+        ({"model_type": "new", "auto_map": {"AutoConfig": "own.Config"}}, "custom code"),
+    ]
+    for change, problem in wrong:
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+        said = flexi("plan", *given)
+        assert said.status == 2
+        assert problem in said.err
+    (folder / "config.json").unlink()
+    assert "no config.json in the folder" in flexi("plan", *given).err
+
+
+# ------------------------------------------------------------------------------------------------------- eval
+
+
+def test_eval_measures_a_model_and_a_plan_of_it(flexi: Flexi, model: Path, method: list[str], tmp_path: Path) -> None:
+    assert flexi("plan", *method, "-o", tmp_path / "plan.json").status == 0
+    small = ["--dtype", "float32", "--perplexity", "python-docs", "--window", "64", "--tokens", "256"]
+    dense = flexi("eval", "--model", model, *small, "--tasks", "docs_cloze", "--limit", "3")
+    assert dense.status == 0, dense.err
+    assert re.search(r"^python-docs_ppl@64: [\d,.]+ ± ", dense.out, re.MULTILINE)
+    assert re.search(r"^docs_cloze_acc: .* \(chance 0\.2500\)$", dense.out, re.MULTILINE)
+    plan = flexi("eval", "--model", model, "--plan", tmp_path / "plan.json", *small, "--tasks", "", "--json")
+    [measured] = plan.json["measurements"]
+    assert flexi("prune", "--model", model, "--plan", tmp_path / "plan.json", "-o", tmp_path / "pruned").status == 0
+    folder = flexi("eval", "--model", tmp_path / "pruned", *small, "--tasks", "", "--json")
+    assert folder.json["measurements"][0]["value"] == pytest.approx(measured["value"], rel=1e-5)
+    assert folder.json["failures"] == []
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        (["--tasks", "", "--perplexity", ""], "eval: nothing to measure; give --perplexity CORPUS"),
+        (["--tasks", "", "--perplexity", "wiki"], "unknown corpus 'wiki'"),
+        (["--tasks", "", "--window", "1"], "expected a window of at least 2 tokens"),
+        (["--limit", "0", "--perplexity", ""], "a limit of at least 1 document"),
+    ],
+)
+def test_eval_names_what_cannot_work_before_it_opens_the_model(flexi: Flexi, given: list[str], problem: str) -> None:
+    said = flexi("eval", "--model", "no/such-model", *given)
+    assert said.status == 2
+    assert problem in said.err
+    assert "no/such-model" not in said.err
+
+
+# --------------------------------------------------------------------------------------------- run and report
+
+
+def test_a_study_runs_from_the_command_line(flexi: Flexi, model: Path, text: Path, tmp_path: Path) -> None:
+    file = make_study(tmp_path / "s.toml", model, text, ["come"], ["remove-blocks"])
+    folder = tmp_path / "run"
+    first = flexi("run", file, "--out", folder)
+    assert first.status == 0, first.err
+    assert "study tiny: 2 cells, 0 of them done before" in first.err
+    assert (folder / "LEADERBOARD.md").read_text() in first.out
+    assert re.search(rf"^files: .*{folder}/LEADERBOARD\.md", first.out, re.MULTILINE)
+    second = flexi("run", file, "--out", folder, "--json")
+    assert "2 of them done before" in second.err
+    assert [r["status"] for r in second.json] == ["complete", "complete"]
+
+    (folder / "LEADERBOARD.md").unlink()
+    report = flexi("report", folder, "--json").json
+    assert [r["cell"] for r in report["records"]] == [r["cell"] for r in reversed(second.json)]
+    assert (folder / "LEADERBOARD.md").is_file()
+    published = flexi("report", folder, "--publish", tmp_path / "published")
+    assert published.out.splitlines() == [
+        str(tmp_path / "published" / n) for n in ("LEADERBOARD.csv", "LEADERBOARD.md", "pareto.svg")
+    ]
+    assert len(list((tmp_path / "published" / "records").iterdir())) == 2
+
+
+def test_studies_run_into_runs_by_their_name(
+    flexi: Flexi, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert flexi("run", make_study(tmp_path / "s.toml", model, text)).status == 0
+    assert (tmp_path / "runs" / "tiny" / "LEADERBOARD.md").is_file()
+
+
+def test_a_failed_cell_is_told_and_ends_with_1(flexi: Flexi, model: Path, text: Path, tmp_path: Path) -> None:
+    strategies = ["remove-blocks", '{ name = "remove-blocks", blocks = 100 }']
+    file = make_study(tmp_path / "s.toml", model, text, ["come"], strategies)
+    said = flexi("run", file, "--out", tmp_path / "run")
+    assert said.status == 1
+    reason = "remove-blocks: blocks = 100, expected 1..5 on this model"
+    assert said.err.splitlines()[-1] == f"failed: come-remove-blocks-0-s0: {reason}"
+    assert reason in said.out, "the leaderboard has it as well"
+    published = flexi("report", tmp_path / "run", "--publish", tmp_path / "published")
+    assert published.status == 0
+    assert len(list((tmp_path / "published" / "records").iterdir())) == 2, "what failed is not published"
+
+
+def test_a_folder_without_records_is_no_study(flexi: Flexi, tmp_path: Path) -> None:
+    said = flexi("report", tmp_path)
+    assert said.status == 2
+    assert "is no study's folder: it has no records/" in said.err
+
+
+def test_the_data_folder_comes_from_the_option_or_the_environment(
+    flexi: Flexi, model: Path, text: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "ptb-valid.txt").write_text(text.read_text())
+    method = ["--metric", "come", "--strategy", "remove-blocks", "--ratio", "0.2", "--dtype", "float32", "--json"]
+    given = flexi("plan", "--model", model, "--corpus", "ptb", *method, "--data", tmp_path)
+    told = flexi("plan", "--model", model, "--corpus", "ptb", *method, data=str(tmp_path))
+    assert given.status == told.status == 0, given.err
+    assert given.out == told.out
+
+
+# --------------------------------------------------------------------------------------------- list and check
+
+
+def test_list_shows_every_plugin(flexi: Flexi) -> None:
+    said = flexi("list")
+    assert said.status == 0
+    for name in (
+        "flexigpt",
+        "saap",
+        "come",
+        "share-lora",
+        "concat-merge",
+        "remove-blocks",
+        "remove-units",
+        "wikitext2",
+    ):
+        assert re.search(rf"\b{name}\b", said.out), name
+    assert "every metric works with every strategy" in said.out
+    listed = flexi("list", "--json").json
+    [merge] = [p for p in listed["plugins"] if p["name"] == "concat-merge"]
+    assert merge["kind"] == "strategy"
+    assert merge["distribution"] == "flexi-plugins"
+    assert merge["options"]["repeat"] is False
+    assert listed["incompatible"] == []
+    assert listed["problems"] == []
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+def test_recipes_pass_their_check(flexi: Flexi, recipe: Path) -> None:
+    said = flexi("check", recipe)
+    assert (said.status, said.out) == (0, "no problems\n")
+
+
+def test_check_names_the_problems_of_every_file(flexi: Flexi, tmp_path: Path) -> None:
+    wrong, none = tmp_path / "wrong.toml", tmp_path / "none.toml"
+    wrong.write_text(RECIPES[0].read_text().replace('"flexigpt"', '"flexgpt"', 1))
+    said = flexi("check", RECIPES[0], wrong, none, "--json")
+    assert said.status == 1
+    first, second = said.json["problems"]
+    assert "unknown metric 'flexgpt': did you mean 'flexigpt'?" in first
+    assert f"study file '{none}' does not exist" in second
+
+
+BIG = {  # the studies of the 7B models, and what each of their grids is to hold
+    name: next(r for r in RECIPES if r.stem == name) for name in ("llama-7b", "vicuna-7b")
+}
+SEVEN = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+
+
+@pytest.mark.parametrize("name", BIG)
+def test_the_7b_studies_hold_the_whole_grid(name: str) -> None:
+    study = read_study(BIG[name], Plugins.load())
+    cells = {(s.name, r) for s in study.strategies for r in s.ratios or study.ratios}
+    strategies = ("share-lora", "concat-merge", "remove-blocks", "remove-units")
+    assert cells == {(s, r) for s in strategies for r in (0.2, 0.3, 0.5)}
+    assert {m.name for m in study.metrics} == {"flexigpt", "saap", "come"}
+    assert all(m.ratios is None for m in study.metrics)
+    measured = [(m.evaluator, m.options.get("corpus") or m.options.get("tasks")) for m in study.evaluation]
+    assert ("perplexity", "wikitext2") in measured
+    assert ("perplexity", "ptb") in measured
+    assert ("lm-eval", list(SEVEN)) in measured
+    assert study.model in KNOWN
+
+
+def reached(recipe: Path) -> list[tuple[str, float, PruningPlan]]:
+    """Plan every strategy and ratio of a study from its model's configuration alone."""
+    plugins = Plugins.load()
+    study = read_study(recipe, plugins)
+    config = known_config(study.model)
+    shape = plugins.family(config).shape(config)
+    made = []
+    for method in study.strategies:
+        strategy = plugins.get("strategy", method.name, method.options)
+        for ratio in (0.0,) if own_knob(strategy) else method.ratios or study.ratios:
+            made.append((method.name, ratio, count_only(shape, strategy, ratio)))
+    return made
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r.stem != "vicuna-7b"], ids=lambda p: p.stem)
+def test_every_ratio_of_the_recipes_is_within_reach(recipe: Path) -> None:
+    for strategy, ratio, plan in reached(recipe):
+        assert ratio <= plan.ratio <= ratio + 0.05, f"{strategy} at {ratio:g}"
+
+
+def test_the_two_7b_models_have_one_shape() -> None:
+    family = Plugins.load().family
+    shapes = [family(c).shape(c) for c in map(known_config, ("huggyllama/llama-7b", "lmsys/vicuna-7b-v1.3"))]
+    assert shapes[0] == shapes[1]
+    assert shapes[0].parameters == KNOWN_SIZE
+    studies = [tomllib.loads(BIG[name].read_text()) for name in BIG]
+    assert {k for k in studies[0] if studies[0][k] != studies[1][k]} == {"name", "model"}

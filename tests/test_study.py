@@ -1,0 +1,924 @@
+"""Studies: the whole grid is right, whatever stops it is survived, nothing finished is redone and nothing stale reused."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from studies import METRICS, STRATEGIES, make_model, make_study, make_text, run_study, values
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from flexi_plugins import evaluation, hookimpl, store
+from flexi_plugins.calibration import Calibrator
+from flexi_plugins.corpora.files import file_corpus
+from flexi_plugins.data import BlockRecipe, Measurement, PruningPlan, Record, Scores
+from flexi_plugins.errors import FlexiError
+from flexi_plugins.execution.sweep import Sweeper
+from flexi_plugins.hookspecs import Outcome
+from flexi_plugins.plugins import Plugins
+from flexi_plugins.pruner import Calibration, Pruner
+from flexi_plugins.store import Journal, Store
+from flexi_plugins.strategies.remove_blocks import RemoveBlocks
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@dataclass
+class Grid:
+    """A study that ran from beginning to end."""
+
+    file: Path
+    folder: Path
+    records: list[Record]
+
+
+@pytest.fixture(scope="module")
+def grid(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Grid:
+    folder = tmp_path_factory.mktemp("grid")
+    file = make_study(folder / "study.toml", model, text, METRICS, STRATEGIES)
+    return Grid(file, folder / "run", run_study(file, folder / "run"))
+
+
+def fails(*_: Any, **__: Any) -> Any:
+    raise AssertionError("this was done before")
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
+    """What studies plan and run from here on: labels of planned cells, numbers of plans of the sweeps that measure."""
+    seen: dict[str, list[Any]] = {"plans": [], "sweeps": []}
+    plan, run = Pruner.plan, evaluation.likelihoods
+
+    def planning(self: Pruner, metric: Any, strategy: Any, *rest: Any) -> PruningPlan:
+        seen["plans"].append(f"{metric.name}-{strategy.name}")
+        return plan(self, metric, strategy, *rest)
+
+    def sweeping(sweeper: Sweeper, planned: Any, *rest: Any) -> Any:
+        seen["sweeps"].append(len(planned))
+        return run(sweeper, planned, *rest)
+
+    monkeypatch.setattr(Pruner, "plan", planning)
+    monkeypatch.setattr(evaluation, "likelihoods", sweeping)
+    return seen
+
+
+def plugins_with(version: str = "1", **hooks: list[Any]) -> Plugins:
+    """Return the built-in plugins and those of a third party."""
+    module = ModuleType("third")
+    for name, objects in hooks.items():
+
+        def hook(objects: list[Any] = objects) -> list[Any]:
+            return objects
+
+        setattr(module, name, hookimpl(hook))
+    plugins = Plugins.load()
+    plugins.add(module, "third", ("third-party", version))
+    return plugins
+
+
+def temporary(folder: Path) -> list[Path]:
+    return [*folder.rglob("*.tmp"), *folder.rglob("exports*")]
+
+
+# ------------------------------------------------------------------------------------------- the grid is right
+
+
+def test_a_study_measures_the_dense_model_and_every_pair(grid: Grid) -> None:
+    pairs = {(r.cell.metric, r.cell.strategy) for r in grid.records}
+    assert pairs == {(None, None), *((m, s) for m in METRICS for s in STRATEGIES)}
+    assert len(grid.records) == 13
+    assert {r.status for r in grid.records} == {"complete"}
+    assert all(r.plan and r.plan.ratio >= 0.2 for r in grid.records[1:])
+
+
+def test_measured_in_the_study_is_measured_with_transformers_on_exported_folders(
+    grid: Grid, model: Path, text: Path, tmp_path: Path
+) -> None:
+    calibration = Calibration(f"file:{text}", windows=4, length=64, gradient_samples=3, gradient_length=16)
+    pruner = Pruner(str(model), calibration, dtype="float32")
+    ids = AutoTokenizer.from_pretrained(model)("".join(file_corpus(text).texts("held-out", None)))["input_ids"]
+    windows = torch.tensor(ids[: 4 * 128]).view(4, 128)
+    for number, record in enumerate(grid.records):
+        assert record.plan is not None
+        pruner.write(record.plan, tmp_path / str(number))
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path / str(number), dtype=torch.float32)
+        with torch.no_grad():
+            losses = [float(exported(row[None], labels=row[None]).loss) for row in windows]
+        [measured] = record.measurements
+        assert measured.name == f"file:{text}_ppl@128"
+        assert measured.value == pytest.approx(math.exp(sum(losses) / 4), rel=1e-4), record.cell.label
+
+
+def test_equal_plans_are_measured_once(model: Path, text: Path, tmp_path: Path, counted: Any) -> None:
+    """Block scores rank three of six blocks alike more often than not: the cells of one plan share its measurement."""
+    file = make_study(tmp_path / "s.toml", model, text, METRICS, ["remove-blocks", "share-lora"], "[0.6]")
+    records = run_study(file, tmp_path / "run", plugins_with(importance_metrics=[OnlyBlocks()]))
+    distinct = {r.plan.hash for r in records if r.plan}
+    assert len(distinct) < len(records)
+    assert counted["sweeps"] == [len(distinct)]
+    by_plan = {(r.plan.hash, r.measurements) for r in records if r.plan}
+    assert len(by_plan) == len(distinct)
+
+
+def test_a_record_holds_what_it_promises(grid: Grid, text: Path) -> None:
+    by_label = {r.cell.label: r for r in grid.records}
+    record = by_label["saap-share-lora-0.2-s0"]
+    assert record.versions.keys() >= {
+        "python",
+        "torch",
+        "transformers",
+        "lm_eval",
+        "flexi-plugins",
+        "system",
+        "machine",
+    }
+    assert (record.commit, record.dirty) == store.commit()
+    assert record.date[:2] == "20"
+    assert record.peak_memory_gib is not None
+    assert 0.05 < record.peak_memory_gib < 64
+    assert record.seconds.keys() == {"statistics", "plan", "perplexity"}
+    assert record.shared_with == {"statistics": 12, "plan": 1, "perplexity": 13}
+    assert {r.seconds["perplexity"] for r in grid.records} == {record.seconds["perplexity"]}
+    assert record.plan is not None
+    assert record.plan.origin["metric"] == "saap"
+    options = json.loads(record.cell.options)
+    assert options["strategy"].keys() >= {"rank", "output_gain"}
+    assert options["calibration"]["corpus"] == f"file:{text}"
+    assert options["evaluation"][0]["window"] == 128
+    assert options["dtype"] == "torch.float32"
+    used = {(p.kind, p.name, p.distribution) for p in record.cell.plugins}
+    assert used >= {(k, n, "flexi-plugins") for k, n in (("metric", "saap"), ("strategy", "share-lora"))}
+    assert {p.kind for p in record.cell.plugins} == {"metric", "strategy", "evaluator", "statistic"}
+    assert record.cell.corpus_hash
+    assert len(record.cell.fingerprint) == 64
+
+
+def test_documents_lie_beside_their_record(grid: Grid) -> None:
+    opened = Store(grid.folder)
+    for record in grid.records:
+        documents = opened.documents(record.cell)
+        assert list(documents["window"]) == [0, 1, 2, 3]
+        assert math.exp(documents["nll"].mean()) == pytest.approx(record.measurements[0].value)
+
+
+def test_a_study_leaves_reports_and_nothing_temporary(grid: Grid) -> None:
+    names = {p.name for p in grid.folder.iterdir()}
+    assert names == {
+        "LEADERBOARD.md",
+        "LEADERBOARD.csv",
+        "pareto.svg",
+        "records",
+        "documents",
+        "plans",
+        "study.json",
+    }
+    assert not temporary(grid.folder)
+
+
+def test_two_seeds_are_two_calibrations_and_one_row(model: Path, text: Path, tmp_path: Path) -> None:
+    import pandas as pd
+
+    file = make_study(
+        tmp_path / "s.toml", model, text, ["saap"], ["remove-units"], more="seeds = [3, 4]\ndense = false"
+    )
+    first, second = run_study(file, tmp_path / "run")
+    assert (first.cell.seed, second.cell.seed) == (3, 4)
+    assert first.cell.corpus_hash != second.cell.corpus_hash
+    [row] = pd.read_csv(tmp_path / "run" / "LEADERBOARD.csv").to_dict("records")
+    name = first.measurements[0].name
+    assert row[name] == pytest.approx((first.measurements[0].value + second.measurements[0].value) / 2)
+    assert "3" in str(row["seeds"])
+    assert "4" in str(row["seeds"])
+
+
+def test_methods_are_tables_with_options_and_ratios_of_their_own(model: Path, text: Path, tmp_path: Path) -> None:
+    strategies = [
+        '{ name = "remove-blocks", protect_last = 2, ratios = [0.3, 0.5] }',
+        '{ name = "remove-blocks", blocks = 4 }',
+        "remove-units",
+    ]
+    metrics = ["come", '{ name = "flexigpt", ratios = [0.2, 0.5] }']
+    records = run_study(make_study(tmp_path / "s.toml", model, text, metrics, strategies), tmp_path / "run")
+    cells = [(r.cell.metric, r.cell.strategy, r.cell.ratio) for r in records[1:]]
+    assert cells == [
+        ("come", "remove-blocks", 0.3),
+        ("come", "remove-blocks", 0.5),
+        ("come", "remove-blocks", 0.0),
+        ("come", "remove-units", 0.2),
+        ("flexigpt", "remove-blocks", 0.5),
+        ("flexigpt", "remove-blocks", 0.0),
+        ("flexigpt", "remove-units", 0.2),
+    ], "a paper's own knob takes the place of the ratios: one cell"
+    kept = [[r.sources[0] for r in record.plan.blocks] for record in records[1:4] if record.plan]
+    assert all(blocks[-2:] == [4, 5] for blocks in kept[:2])
+    assert len(kept[2]) == 2
+
+
+# ---------------------------------------------------------------------------------- nothing finished is redone
+
+
+def test_a_second_run_does_nothing(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {p: p.stat().st_mtime_ns for p in (grid.folder / "records").iterdir()}
+    monkeypatch.setattr(Sweeper, "sweep", fails)
+    monkeypatch.setattr(Pruner, "plan", fails)
+    assert run_study(grid.file, grid.folder) == grid.records
+    assert {p: p.stat().st_mtime_ns for p in (grid.folder / "records").iterdir()} == files
+
+
+def test_a_lost_record_is_made_again_alone(grid: Grid, counted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Store(grid.folder)
+    lost = next(r for r in grid.records if r.cell.label == "come-concat-merge-0.2-s0")
+    opened.path(lost.cell).unlink()
+    monkeypatch.setattr(Calibrator, "statistics", fails)
+    records = run_study(grid.file, grid.folder)
+    assert counted == {"plans": [], "sweeps": [1]}, "its plan is still there"
+    assert values(records) == values(grid.records)
+    assert [r for r in records if r.cell != lost.cell] == [r for r in grid.records if r.cell != lost.cell]
+
+
+def test_a_half_written_record_is_named_and_made_again(
+    model: Path, text: Path, tmp_path: Path, counted: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from flexi_plugins.progress import Progress
+    from flexi_plugins.study import Study
+    from flexi_plugins.studyfile import read_study
+
+    file = make_study(tmp_path / "s.toml", model, text)
+    before = run_study(file, tmp_path / "run")
+    path = Store(tmp_path / "run").path(before[0].cell)
+    path.write_text(path.read_text()[:100])
+    plugins = Plugins.load()
+    after = Study(read_study(file, plugins), tmp_path / "run", None, plugins, Progress()).run()
+    assert values(after) == values(before)
+    assert counted["sweeps"] == [2, 1]
+    said = capsys.readouterr().err
+    assert "not a whole record, made again" in said
+    assert "1 of them done before" in said
+
+
+# --------------------------------------------------------------------------------------- what stops it is survived
+
+RUN = [sys.executable, "-m", "flexi_plugins.cli", "run"]
+
+
+def stop(file: Path, folder: Path, when: Callable[[], bool], number: signal.Signals) -> tuple[int, str]:
+    """Run a study in a process of its own and send it a signal; return its exit status and what it said."""
+    quiet = {**os.environ, "FLEXI_PLUGINS": "", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with subprocess.Popen(
+        [*RUN, str(file), "--out", str(folder)], env=quiet, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not when() and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.002)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    return process.returncode, said
+
+
+def count(folder: Path) -> int:
+    return sum(1 for p in folder.rglob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def long_study(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study whose sweep takes some seconds: 10 batch groups for each of 4 models."""
+    folder = tmp_path_factory.mktemp("long")
+    text = make_text(folder / "long.txt", 15_000)
+    strategies = ["share-lora", "concat-merge", "remove-units"]
+    return make_study(folder / "s.toml", model, text, ["flexigpt"], strategies, tokens=10 * 4096, more="seeds = [1]")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(long_study: Path) -> Grid:
+    folder = long_study.parent / "whole"
+    return Grid(long_study, folder, run_study(long_study, folder))
+
+
+def test_a_study_killed_in_the_sweep_goes_on_and_equals_an_uninterrupted_one(
+    long_study: Path, uninterrupted: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    status, _ = stop(long_study, folder, lambda: count(folder / "journal") >= 6, signal.SIGKILL)
+    assert status == -signal.SIGKILL
+    kept = {p.relative_to(folder / "journal") for p in (folder / "journal").rglob("*.json")}
+    assert 6 <= len(kept) < 40, "it was killed in the middle"
+    assert not (folder / "records").exists()
+
+    put: list[Path] = []
+    original = Journal.put
+
+    def putting(self: Journal, plan: str, group: str, answers: Any) -> None:
+        put.append(self._path(plan, group).relative_to(self.folder))
+        original(self, plan, group, answers)
+
+    monkeypatch.setattr(Journal, "put", putting)
+    monkeypatch.setattr(Pruner, "plan", fails)
+    records = run_study(long_study, folder)
+    assert not set(put) & kept, "finished batch groups are not run again"
+    assert len(put) + len(kept) == 40
+    assert [r.cell for r in records] == [r.cell for r in uninterrupted.records]
+    assert [r.measurements for r in records] == [r.measurements for r in uninterrupted.records]
+    for record in records:
+        documents = [Store(f).documents(record.cell) for f in (folder, uninterrupted.folder)]
+        assert documents[0].equals(documents[1])
+    assert not temporary(folder)
+
+
+def test_a_study_killed_while_planning_keeps_the_finished_plans(
+    grid: Grid, tmp_path: Path, counted: dict[str, list[str]]
+) -> None:
+    folder = tmp_path / "run"
+    file = tmp_path / "s.toml"
+    file.write_text(grid.file.read_text().replace("ratios = [0.2]", "ratios = [0.2, 0.3, 0.4]"))
+    stop(file, folder, lambda: count(folder / "plans") >= 3, signal.SIGKILL)
+    finished = [p for p in (folder / "plans").glob("*.json") if json.loads(p.read_text())]
+    assert len(finished) >= 3
+    records = run_study(file, folder)
+    assert len(counted["plans"]) == 36 - len(finished)
+    again = values(records)
+    assert {k: again[k] for k in values(grid.records)} == values(grid.records)
+    assert not temporary(folder)
+
+
+def test_an_interrupt_says_so_and_leaves_whole_files(long_study: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    status, said = stop(long_study, folder, lambda: count(folder / "journal") >= 3, signal.SIGINT)
+    assert status == 130
+    assert said.rstrip().endswith("interrupted: what is finished is kept; the same command goes on from there")
+    assert "Traceback" not in said
+    assert not temporary(folder)
+    assert all(json.loads(p.read_text()) for p in folder.rglob("*.json"))
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Within: no file can be longer than this, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [200, 3000])
+def test_a_full_disk_is_named_and_leaves_nothing_half_written(
+    model: Path, text: Path, tmp_path: Path, size: int
+) -> None:
+    folder = tmp_path / "run"
+    before = run_study(make_study(tmp_path / "s.toml", model, text, ["come"]), folder)
+    records = {p: p.read_bytes() for p in (folder / "records").iterdir()}
+    more = make_study(tmp_path / "more.toml", model, text, ["come", "flexigpt"], ["remove-blocks", "share-lora"])
+    with largest_file(size), pytest.raises(FlexiError, match=r"cannot be written \(.*\); free space on that disk"):
+        run_study(more, folder)
+    assert not temporary(folder)
+    assert {p: p.read_bytes() for p in records} == records
+    assert all(json.loads(p.read_text()) for p in folder.rglob("*.json"))
+    after = run_study(more, folder)
+    assert len(after) == 5
+    assert values(after).items() >= values(before).items()
+
+
+def test_a_study_where_no_folder_can_be_made_says_so(model: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(FlexiError, match=r"taken.*cannot be written"):
+        run_study(make_study(tmp_path / "s.toml", model, text), tmp_path / "taken" / "run")
+
+
+def test_folders_that_a_killed_process_exported_are_removed(model: Path, text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    left = folder / "exports.999999999.tmp" / "somewhere"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_text("half")
+    run_study(make_study(tmp_path / "s.toml", model, text), folder)
+    assert not temporary(folder)
+
+
+# -------------------------------------------------------------------------------------- what fails, fails alone
+
+
+@dataclass(frozen=True)
+class OnlyBlocks:
+    """A third party's metric that scores blocks only."""
+
+    name: ClassVar[str] = "only-blocks"
+    paper: ClassVar[str] = ""
+    gives: ClassVar[frozenset[str]] = frozenset({"block"})
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def score(self, request: Any) -> Scores:
+        return Scores(block=torch.arange(len(request.shape.blocks), dtype=torch.float32))
+
+
+@dataclass(frozen=True)
+class Moody(OnlyBlocks):
+    """One that fails as long as it is told to."""
+
+    name: ClassVar[str] = "moody"
+    mood: ClassVar[str] = ""
+
+    def score(self, request: Any) -> Scores:
+        if self.mood == "raises":
+            raise RuntimeError("no idea")
+        fine = super().score(request)
+        return Scores(block=fine.block * math.nan) if self.mood == "nan" and fine.block is not None else fine
+
+
+@dataclass(frozen=True)
+class Explosive(RemoveBlocks):
+    """A strategy that blows its model up, or whose new tensors are not finite."""
+
+    name: ClassVar[str] = "explosive"
+
+    def plan(self, request: Any) -> PruningPlan:
+        made = super().plan(request)
+        first = made.blocks[0]
+        return PruningPlan(made.shape, (BlockRecipe(first.parts, gain=1e39), *made.blocks[1:]))
+
+
+@dataclass(frozen=True)
+class Jumpy:
+    """A statistic that raises."""
+
+    name: ClassVar[str] = "jumpy"
+    span: ClassVar[int] = 1
+    backward: ClassVar[bool] = False
+
+    def observe(self, trace: Any) -> dict[str, torch.Tensor]:
+        raise ZeroDivisionError("nothing to divide by")
+
+    def finish(self, totals: Any, tokens: int) -> dict[str, torch.Tensor]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Needy(OnlyBlocks):
+    """A metric that needs that statistic."""
+
+    name: ClassVar[str] = "needy"
+    needs: ClassVar[frozenset[str]] = frozenset({"jumpy"})
+
+
+def test_what_fails_has_its_reason_and_is_retried_alone(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: Any
+) -> None:
+    plugins = plugins_with(
+        importance_metrics=[Moody(), OnlyBlocks(), Needy()],
+        replacement_strategies=[Explosive()],
+        statistics=[Jumpy()],
+    )
+    file = make_study(
+        tmp_path / "s.toml", model, text, ["come", "moody", "needy"], ["remove-blocks", "explosive", "share-lora"]
+    )
+    monkeypatch.setattr(Moody, "mood", "raises")
+    first = {r.cell.label: r for r in run_study(file, tmp_path / "run", plugins)}
+    assert {k: v.status for k, v in first.items() if v.status == "complete"} == {
+        "dense-s0": "complete",
+        "come-remove-blocks-0.2-s0": "complete",
+        "come-share-lora-0.2-s0": "complete",
+    }
+    for strategy in ("remove-blocks", "explosive", "share-lora"):
+        assert first[f"moody-{strategy}-0.2-s0"].reason == "RuntimeError: no idea"
+        assert first[f"needy-{strategy}-0.2-s0"].reason == "ZeroDivisionError: nothing to divide by"
+    exploded = first["come-explosive-0.2-s0"]
+    assert exploded.status == "failed"
+    assert re_search("perplexity: .*its loss on .* is nan, the model broke down", exploded.reason)
+    told = (tmp_path / "run" / "failures" / "moody-remove-blocks-0.2-s0.txt").read_text()
+    assert "in score" in told, "the traceback is kept for whoever looks into it"
+
+    counted["plans"].clear()
+    counted["sweeps"].clear()
+    monkeypatch.setattr(Moody, "mood", "nan")
+    second = {r.cell.label: r for r in run_study(file, tmp_path / "run", plugins)}
+    assert counted["plans"] == [
+        f"{m}-{s}" for m in ("moody", "needy") for s in ("remove-blocks", "explosive", "share-lora")
+    ]
+    assert "metric 'moody': block scores: not finite (NaN or infinity)" in second["moody-remove-blocks-0.2-s0"].reason
+    assert counted["sweeps"] == [1], "the model that broke down is measured again"
+
+    monkeypatch.setattr(Moody, "mood", "")
+    third = {r.cell.label: r for r in run_study(file, tmp_path / "run", plugins)}
+    assert third["moody-remove-blocks-0.2-s0"].status == "complete"
+    assert third["come-remove-blocks-0.2-s0"] == first["come-remove-blocks-0.2-s0"]
+    assert {k for k, v in third.items() if v.status == "failed"} == {
+        "come-explosive-0.2-s0",
+        "moody-explosive-0.2-s0",
+        *(f"needy-{s}-0.2-s0" for s in ("remove-blocks", "explosive", "share-lora")),
+    }
+
+
+def re_search(pattern: str, text: str) -> bool:
+    import re
+
+    return re.search(pattern, text) is not None
+
+
+@dataclass(frozen=True)
+class Weak(RemoveBlocks):
+    """A strategy whose adapters are not finite."""
+
+    name: ClassVar[str] = "weak"
+
+    def plan(self, request: Any) -> PruningPlan:
+        made = PruningPlan.identity(request.shape)
+        shared = BlockRecipe(made.blocks[1].parts, shares=0, rank=1)
+        return PruningPlan(made.shape, (made.blocks[0], shared, *made.blocks[2:]))
+
+    def tensors(self, plan: PruningPlan, weights: Any) -> dict[str, torch.Tensor]:
+        from flexi_plugins.strategies.share_lora import ShareLora
+
+        made = ShareLora().tensors(plan, weights)
+        return {n: t * math.inf for n, t in made.items() if "lora" in n}
+
+
+def test_tensors_that_are_not_finite_are_named(model: Path, text: Path, tmp_path: Path) -> None:
+    file = make_study(tmp_path / "s.toml", model, text, ["come"], ["weak"])
+    dense, weak = run_study(file, tmp_path / "run", plugins_with(replacement_strategies=[Weak()]))
+    assert dense.status == "complete"
+    assert weak.reason.startswith("strategy 'weak': its tensor 'blocks.1.")
+    assert weak.reason.endswith("is not finite (NaN or infinity)")
+
+
+@dataclass(frozen=True)
+class Stuck(RemoveBlocks):
+    """A progressive strategy that never changes anything and never ends."""
+
+    name: ClassVar[str] = "stuck"
+    progressive: bool = True
+
+    def plan(self, request: Any) -> PruningPlan:
+        return PruningPlan.identity(request.shape)
+
+
+def test_a_strategy_that_would_go_on_for_ever_is_stopped(model: Path, text: Path, tmp_path: Path) -> None:
+    file = make_study(tmp_path / "s.toml", model, text, ["come"], ["stuck"])
+    _, stuck = run_study(file, tmp_path / "run", plugins_with(replacement_strategies=[Stuck()]))
+    assert stuck.status == "failed"
+    assert "strategy 'stuck': a step at ratio 0.0000 changed nothing" in stuck.reason
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A third party's evaluator: one outcome at a time, until it breaks."""
+
+    name: ClassVar[str] = "judge"
+    stops: ClassVar[int | None] = None
+    how: ClassVar[str] = ""
+
+    def check(self) -> None:
+        pass
+
+    def inputs(self, data: Any, corpora: Any) -> str:
+        return ""
+
+    def evaluate(self, request: Any) -> Iterator[Outcome]:
+        for index, _ in enumerate(request.candidates):
+            if index == self.stops and self.how == "raises":
+                raise RuntimeError("the judge is tired")
+            if index == self.stops and self.how == "ends":
+                return
+            broken = index == self.stops and self.how == "nan"
+            time.sleep(0.01)
+            yield Outcome((Measurement("verdict", math.nan if broken else 1.0, True),))
+
+
+JUDGE = '\n[[evaluation]]\nevaluator = "judge"\n'
+
+
+@pytest.mark.parametrize(
+    ("how", "reason", "failed"),
+    [
+        ("raises", "judge: RuntimeError: the judge is tired", [False, True, True]),
+        ("ends", "judge: it gave fewer outcomes than candidates", [False, True, True]),
+        ("nan", "judge: verdict: not a finite number", [False, True, False]),
+    ],
+)
+def test_an_evaluator_that_breaks_spoils_what_it_did_not_measure(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, reason: str, failed: list[bool]
+) -> None:
+    monkeypatch.setattr(Judge, "how", how)
+    monkeypatch.setattr(Judge, "stops", 1)
+    plugins = plugins_with(evaluators=[Judge()])
+    file = make_study(tmp_path / "s.toml", model, text, ["come"], ["remove-blocks", "remove-units"], end=JUDGE)
+    records = run_study(file, tmp_path / "run", plugins)
+    assert [r.status == "failed" for r in records] == failed
+    assert {r.reason for r in records if r.status == "failed"} == {reason}
+    assert all(any("ppl" in m.name for m in r.measurements) for r in records), "the other evaluator went on"
+    assert records[0].shared_with == {"perplexity": 3, "judge": 1}
+
+    monkeypatch.setattr(Judge, "stops", None)
+    again = run_study(file, tmp_path / "run", plugins)
+    assert {r.status for r in again} == {"complete"}
+    assert again[0] == records[0]
+
+
+def test_an_evaluator_may_come_twice_with_other_options(model: Path, text: Path, tmp_path: Path) -> None:
+    end = f'[[evaluation]]\nevaluator = "perplexity"\ncorpus = "file:{text}"\nwindow = 32\ntokens = 64\n'
+    [record, _] = run_study(make_study(tmp_path / "s.toml", model, text, end=end), tmp_path / "run")
+    assert [m.name.partition("@")[2] for m in record.measurements] == ["128", "32"]
+    documents = Store(tmp_path / "run").documents(record.cell)
+    assert list(documents.groupby("evaluator", sort=False).size()) == [4, 2]
+
+
+def test_a_pair_that_cannot_work_is_declared_so(model: Path, text: Path, tmp_path: Path, counted: Any) -> None:
+    plugins = plugins_with(importance_metrics=[OnlyBlocks()])
+    file = make_study(tmp_path / "s.toml", model, text, ["only-blocks"], ["remove-blocks", "remove-units"])
+    _, fine, pair = run_study(file, tmp_path / "run", plugins)
+    assert fine.status == "complete"
+    assert pair.status == "incompatible"
+    assert pair.reason == "remove-units wants attention, mlp scores, only-blocks gives block only"
+    assert pair.reason in (tmp_path / "run" / "LEADERBOARD.md").read_text()
+    assert counted["plans"] == ["only-blocks-remove-blocks"]
+    assert run_study(file, tmp_path / "run", plugins)[2] == pair, "it is not tried again"
+
+
+# ------------------------------------------------------------------------------------------ nothing stale is reused
+
+
+@dataclass
+class Small:
+    """A finished study of two cells, and the files that it depends on."""
+
+    file: Path
+    folder: Path
+    model: Path
+    text: Path
+    records: list[Record]
+
+    def rerun(self, plugins: Plugins | None = None) -> list[Record]:
+        return run_study(self.file, self.folder, plugins)
+
+    def edit(self, before: str, after: str) -> None:
+        content = self.file.read_text()
+        assert before in content
+        self.file.write_text(content.replace(before, after))
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Small:
+    model, text = make_model(tmp_path / "model"), make_text(tmp_path / "text.txt")
+    file = make_study(tmp_path / "s.toml", model, text, ["come"], ["remove-units"])
+    return Small(file, tmp_path / "run", model, text, run_study(file, tmp_path / "run"))
+
+
+def test_other_weights_are_another_model(small: Small) -> None:
+    make_model(small.model, seed=1)
+    again = small.rerun()
+    assert [r.cell.label for r in again] == [r.cell.label for r in small.records]
+    assert all(a.cell.fingerprint != b.cell.fingerprint for a, b in zip(again, small.records, strict=True))
+    assert all(a.measurements != b.measurements for a, b in zip(again, small.records, strict=True))
+
+
+def test_a_model_that_moved_is_the_same_model(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = small.model.rename(small.model.with_name("moved"))
+    small.edit(str(small.model), str(moved))
+    monkeypatch.setattr(Sweeper, "sweep", fails)
+    assert small.rerun() == small.records
+
+
+def test_a_changed_text_is_another_corpus(small: Small) -> None:
+    halves = small.text.read_text().split("\n")
+    middle = len(halves) // 2
+    small.text.write_text("\n".join([*halves[:middle], *reversed(halves[middle:])]))
+    dense, pruned = small.rerun()
+    assert dense.measurements != small.records[0].measurements, "it is measured on the held-out half"
+    small.text.write_text("\n".join([*reversed(halves[:middle]), *reversed(halves[middle:])]))
+    again, other = small.rerun()
+    assert again == dense, "the dense model is not calibrated"
+    assert other.cell.corpus_hash != pruned.cell.corpus_hash
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "remade"),
+    [
+        ('"remove-units"', '{ name = "remove-units", protect_first = 2 }', [False, True]),
+        ("ratios = [0.2]", "ratios = [0.25]", [False, True]),
+        ("window = 128", "window = 64", [True, True]),
+        ("gradient_samples = 3", "gradient_samples = 2", [False, True]),
+        ('dtype = "float32"', 'dtype = "bfloat16"', [True, True]),
+    ],
+)
+def test_other_options_are_another_cell(small: Small, before: str, after: str, remade: list[bool]) -> None:
+    small.edit(before, after)
+    again = small.rerun()
+    assert [a != b for a, b in zip(again, small.records, strict=True)] == remade
+    assert [a.cell != b.cell for a, b in zip(again, small.records, strict=True)] == remade
+    small.edit(after, before)
+    assert small.rerun() == small.records, "what was there before is still there"
+
+
+def test_another_version_of_a_plugin_is_another_cell(model: Path, text: Path, tmp_path: Path, counted: Any) -> None:
+    file = make_study(tmp_path / "s.toml", model, text, ["come", "only-blocks"], ["remove-blocks"])
+    old, new = (run_study(file, tmp_path / "run", plugins_with(v, importance_metrics=[OnlyBlocks()])) for v in "12")
+    assert old[:2] == new[:2]
+    assert old[2].cell != new[2].cell
+    assert counted["plans"] == ["come-remove-blocks", "only-blocks-remove-blocks", "only-blocks-remove-blocks"]
+    assert old[2].plan == new[2].plan
+
+
+def test_reports_leave_out_records_that_are_not_the_studys_any_more(small: Small) -> None:
+    from flexi_plugins.report import publish
+
+    small.edit("ratios = [0.2]", "ratios = [0.25]")
+    now = small.rerun()
+    assert len(list((small.folder / "records").iterdir())) == 3
+    assert Store(small.folder).records() == sorted(now, key=lambda r: r.cell.label)
+    publish(Plugins.load(), small.folder, small.folder.with_name("published"))
+    assert len(Store(small.folder.with_name("published")).records()) == 2
+
+
+# ---------------------------------------------------------------------------------------------- study files
+
+WRONG = """
+name = "a b"
+model = "smollm2-135"
+metrics = ["flexgpt", { name = "come", typo = 1 }, 3, "saap", "saap", { name = "come", ratios = [0.9] }]
+strategies = ["remove-block", { name = "remove-units", mode = "globl" }, { name = "concat-merge", repeat = "maybe" }]
+ratios = [0.2, 1.5, "x"]
+seds = [1]
+seeds = []
+recovery = ["lora"]
+dtype = "float64"
+[calibration]
+corpus = "wikitxt2"
+windws = 3
+length = 1
+[[evaluation]]
+evaluator = "perplexity"
+corpus = "python-doc"
+window = 1
+[[evaluation]]
+evaluator = "lm-evall"
+[[evaluation]]
+evaluator = "efficiency"
+repeats = 0
+"""
+PROBLEMS = [
+    "name: it names a folder: expected letters, digits",
+    "unknown model 'smollm2-135': did you mean 'smollm2-135m'?",
+    "unknown metric 'flexgpt': did you mean 'flexigpt'?",
+    "metric 'come': unknown option 'typo'",
+    "metrics.2: input should be a table, found 3",
+    "metrics: saap is listed twice with the same options",
+    "metric 'come': its ratio 0.9 is none of the study's or of a strategy's",
+    "unknown strategy 'remove-block': did you mean 'remove-blocks' or 'remove-units'?",
+    "strategy 'remove-units': option 'mode': unknown choice 'globl': did you mean 'global'?",
+    "strategy 'concat-merge': option 'repeat': expected",
+    "ratios: expected a share of the stored parameters between 0 and 1, found 1.5",
+    "ratios.2: input should be a valid number",
+    "unknown key 'seds': did you mean 'seeds'?",
+    "seeds: list should have at least 1 item, not 0, found []",
+    "unknown recovery 'lora'",
+    "dtype: input should be 'auto', 'float32', 'bfloat16' or 'float16', found 'float64'",
+    "unknown corpus 'wikitxt2': did you mean 'wikitext2'?",
+    "calibration: unknown key 'windws': did you mean 'windows'?",
+    "calibration.length: input should be greater than or equal to 2, found 1",
+    "unknown corpus 'python-doc': did you mean 'python-docs'?",
+    "expected a window of at least 2 tokens",
+    "unknown evaluator 'lm-evall': did you mean 'lm-eval'?",
+    "evaluator 'efficiency': option 'repeats': expected at least 1, found 0",
+]
+
+
+def read(content: str, path: Path) -> Any:
+    from flexi_plugins.studyfile import read_study
+
+    path.write_text(content)
+    return read_study(path, Plugins.load())
+
+
+def test_all_problems_of_a_study_file_come_at_once(tmp_path: Path) -> None:
+    with pytest.raises(FlexiError) as caught:
+        read(WRONG, tmp_path / "wrong.toml")
+    said = str(caught.value)
+    assert [p for p in PROBLEMS if f"\n  - {p}" not in said and p not in said] == []
+    assert f"has {len(PROBLEMS)} problems" in said, said
+    assert said.count("\n  - ") == len(PROBLEMS)
+
+
+def test_problems_are_found_before_torch_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "wrong.toml").write_text(WRONG)
+    code = (
+        "import sys\n"
+        "from flexi_plugins.plugins import Plugins\n"
+        "from flexi_plugins.studyfile import read_study\n"
+        "try:\n"
+        "    read_study(sys.argv[1], Plugins.load())\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+        "print('torch' in sys.modules, 'transformers' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "wrong.toml")],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "FLEXI_PLUGINS": ""},
+    )
+    assert "problems" in done.stdout
+    assert done.stdout.splitlines()[-1] == "False False"
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("", "metrics: field required"),
+        ("x = ", "is not TOML"),
+        ("metrics = 'come'", "metrics: input should be a valid list, found 'come'"),
+        ("calibration = 3", "calibration: input should be a table, found 3"),
+        ("evaluation = [{corpus = 'python-docs'}]", "evaluation.0.evaluator: field required"),
+        ("[calibration]\ncorpus = 'file:/no/such.txt'", "corpus 'file:/no/such.txt': expected a text file, found none"),
+    ],
+)
+def test_a_study_file_of_the_wrong_form_is_told_so(tmp_path: Path, content: str, problem: str) -> None:
+    with pytest.raises(FlexiError) as caught:
+        read(content, tmp_path / "wrong.toml")
+    assert problem in str(caught.value)
+
+
+def test_a_study_file_that_is_not_there_is_told_so(tmp_path: Path) -> None:
+    from flexi_plugins.studyfile import read_study
+
+    for path in (tmp_path / "none.toml", tmp_path):
+        with pytest.raises(FlexiError, match=f"study file '{path}'"):
+            read_study(path, Plugins.load())
+
+
+def test_a_statistic_that_nobody_offers_is_a_problem_of_the_study_file(tmp_path: Path, model: Path, text: Path) -> None:
+    from flexi_plugins.studyfile import read_study
+
+    file = make_study(tmp_path / "s.toml", model, text, ["needy"])
+    with pytest.raises(FlexiError, match="metric 'needy': it needs an unknown statistic 'jumpy'"):
+        read_study(file, plugins_with(importance_metrics=[Needy()]))
+
+
+def test_ratios_out_of_reach_are_named_together_before_anything_is_run(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pruner, "plan", fails)
+    monkeypatch.setattr(Pruner, "texts", property(fails))
+    narrow = '{ name = "remove-units", protect_first = 3, protect_last = 3 }'
+    file = make_study(tmp_path / "s.toml", model, text, ["come"], [*STRATEGIES, narrow], "[0.2, 0.9]")
+    with pytest.raises(FlexiError) as caught:
+        run_study(file, tmp_path / "run")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 5, "those that reach 0.2 are not named for it"
+    for strategy, line in zip(STRATEGIES, lines, strict=False):
+        assert re_search(rf"{strategy}: ratio 0.9 is out of reach .*up to 0\.\d+", line), line
+    assert "remove-units: blocks 3..2 are not a range" in lines[4]
+
+
+# ---------------------------------------------------------------------------------------------- missing data
+
+
+def test_missing_text_is_an_error_that_names_the_file_and_the_option(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flexi_plugins.corpora import hub
+
+    monkeypatch.setattr(hub, "_answers", lambda address: False)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    file = make_study(tmp_path / "s.toml", model, text)
+    file.write_text(file.read_text().replace(f"file:{text}", "wikitext2"))
+    with pytest.raises(FlexiError) as caught:
+        run_study(file, tmp_path / "run")
+    assert re_search(r"wikitext2-(valid|test)\.txt", str(caught.value))
+    assert "--data" in str(caught.value)
+    data = tmp_path / "data"
+    (data / "text").mkdir(parents=True)
+    for part in ("valid", "test"):
+        (data / "text" / f"wikitext2-{part}.txt").write_text(text.read_text())
+    [record, *_] = run_study(file, tmp_path / "run", data=data)
+    assert record.measurements[0].name == "wikitext2_ppl@128"
+
+
+@pytest.mark.parametrize(("before", "after"), [("windows = 4", "windows = 4000"), ("tokens = 512", "tokens = 1280000")])
+def test_a_text_that_is_too_short_says_how_many_tokens_there_are(
+    model: Path, text: Path, tmp_path: Path, before: str, after: str
+) -> None:
+    file = make_study(tmp_path / "s.toml", model, text)
+    file.write_text(file.read_text().replace(before, after))
+    with pytest.raises(FlexiError, match=r"expected at least \d+ windows .* found 1\d{4} tokens; ask for at most"):
+        run_study(file, tmp_path / "run")
