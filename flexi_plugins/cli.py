@@ -16,12 +16,14 @@ from flexi_plugins.errors import FlexiError
 
 if TYPE_CHECKING:
     from flexi_plugins.data import PruningPlan
+    from flexi_plugins.execution.sweep import Planned
     from flexi_plugins.plugins import Plugins
     from flexi_plugins.progress import Progress
     from flexi_plugins.pruner import Pruner
     from flexi_plugins.studyfile import Measure
 
 INTERRUPTED = 130
+WITH_OPTIONS = ("metric", "strategy", "recovery", "evaluator")  # what a study file or the command line sets options of
 
 app = typer.Typer(
     name="flexi",
@@ -110,8 +112,9 @@ def plan(
             raise FlexiError("plan: --count-only chooses units without meaning, so its plan is not written; drop -o")
         made = _counted(model, strategy, ratio, strategy_option)
     else:
+        method = _method(metric, strategy, ratio, metric_option, strategy_option)
         pruner = _pruner(model, corpus, seed, data, dtype)
-        made = _made_plan(pruner, metric, strategy, ratio, metric_option, strategy_option)
+        made = pruner.plan(*method, pruner.progress.say)
     if output:
         _write_text(output, json.dumps(made.to_json(), indent=1) + "\n")
     if as_json:
@@ -148,16 +151,19 @@ def prune(
     """
     if output.exists():
         raise FlexiError(f"output {str(output)!r} exists already; name another folder or remove it")
-    pruner = _pruner(model, corpus, seed, data, dtype)
     if plan_file:
         if metric or strategy or ratio is not None:
             raise FlexiError("prune: give either --plan, or --metric, --strategy and --ratio")
-        made = _read_plan(plan_file, pruner)
+        pruner = _pruner(model, corpus, seed, data, dtype)
+        planned = _read_plan(plan_file, pruner)
     else:
-        made = _made_plan(pruner, metric, strategy, ratio, metric_option, strategy_option)
-    pruner.write(made, output)
+        method = _method(metric, strategy, ratio, metric_option, strategy_option)
+        pruner = _pruner(model, corpus, seed, data, dtype)
+        planned = pruner.attach(pruner.plan(*method, pruner.progress.say))
+    pruner.write(planned, output)
     from flexi_plugins.rewrite import plain_reason
 
+    made = planned.plan
     reason = plain_reason(made, pruner.checkpoint)
     summary = {**_plan_summary(made), "folder": str(output), "plain": reason is None, "not_plain_because": reason}
     if as_json:
@@ -198,6 +204,7 @@ def evaluate(
     from flexi_plugins.data import PruningPlan
     from flexi_plugins.evaluation import Measurer
     from flexi_plugins.execution.likelihoods import NoJournal
+    from flexi_plugins.execution.sweep import Planned
     from flexi_plugins.hookspecs import Candidate
 
     measures = []
@@ -210,7 +217,7 @@ def evaluate(
     chosen = _measures(measures)
     pruner = _pruner(model, "python-docs", 0, data, dtype)
     shape = pruner.checkpoint.shape
-    planned = pruner.attach(_read_plan(plan_file, pruner) if plan_file else PruningPlan.identity(shape))
+    planned = _read_plan(plan_file, pruner) if plan_file else Planned(PruningPlan.identity(shape))
     candidate = Candidate(model, planned.plan)
     with (
         tempfile.TemporaryDirectory(prefix="flexi-eval-") as folder,
@@ -259,8 +266,8 @@ def list_plugins(as_json: Json = False) -> None:
     \b
     Example: flexi list --json
     """
-    from flexi_plugins.plugins import KINDS, options_of
-    from flexi_plugins.pruner import incompatible
+    from flexi_plugins.plugins import KINDS
+    from flexi_plugins.pruner import incompatible, options_json
 
     plugins = _plugins()
     found = {kind: plugins.entries(kind) for kind in KINDS}
@@ -276,7 +283,7 @@ def list_plugins(as_json: Json = False) -> None:
             "paper": getattr(entry.object, "paper", ""),
             "distribution": entry.distribution,
             "version": entry.version,
-            "options": {k: list(v) if isinstance(v, tuple) else v for k, v in options_of(entry.object).items()},
+            "options": {**options_json(entry.object)} if kind in WITH_OPTIONS else {},
         }
         for kind, entries in found.items()
         for name, entry in entries.items()
@@ -336,12 +343,13 @@ def _plugins() -> Plugins:
 
 def _measures(chosen: Sequence[dict[str, Any]]) -> list[Measure]:
     """Return what is to be measured; what cannot work is one error, before anything is loaded."""
+    from flexi_plugins.plugins import Plugins
     from flexi_plugins.studyfile import Measure, measure_problems
 
     if not chosen:
         raise FlexiError("eval: nothing to measure; give --perplexity CORPUS, --tasks NAMES or --efficiency")
     measures = [Measure.model_validate(m) for m in chosen]
-    plugins = _plugins()
+    plugins = Plugins.load()
     problems = [p for m in measures for p in measure_problems(m, plugins)]
     if problems:
         raise FlexiError("\n".join(problems))
@@ -355,14 +363,17 @@ def _progress() -> Progress:
 
 
 def _pruner(model: str, corpus: str, seed: int, data: Path | None, dtype: str) -> Pruner:
+    from flexi_plugins.corpora.files import find_corpus
     from flexi_plugins.pruner import DTYPES, Calibration, Pruner
 
     if dtype != "auto" and dtype not in DTYPES:
         from flexi_plugins.errors import unknown
 
         raise FlexiError(unknown("dtype", dtype, ["auto", *DTYPES]))
+    plugins = _plugins()
+    find_corpus(corpus, {n: e.object for n, e in plugins.entries("corpus").items()})
     calibration = Calibration(corpus=corpus)
-    return Pruner(model, calibration, seed=seed, data=data, dtype=dtype, plugins=_plugins(), progress=_progress())
+    return Pruner(model, calibration, seed=seed, data=data, dtype=dtype, plugins=plugins, progress=_progress())
 
 
 def _options(pairs: Sequence[str] | None) -> dict[str, str]:
@@ -383,20 +394,23 @@ def _asked_ratio(strategy: Any, ratio: float | None) -> float:
     return 0.0 if ratio is None else ratio
 
 
-def _made_plan(
-    pruner: Pruner,
+def _method(
     metric: str | None,
     strategy: str | None,
     ratio: float | None,
     metric_option: Sequence[str] | None,
     strategy_option: Sequence[str] | None,
-) -> PruningPlan:
+) -> tuple[Any, Any, float]:
+    """Return the metric, the strategy and the ratio, looked up before anything is loaded."""
+    from flexi_plugins.plugins import Plugins
+
+    plugins = Plugins.load()
     for kind, name in (("metric", metric), ("strategy", strategy)):
         if not name:
-            raise FlexiError(f"give --{kind}: there is {', '.join(pruner.plugins.entries(kind))}")
-    chosen = pruner.plugins.get("metric", str(metric), _options(metric_option))
-    replacement = pruner.plugins.get("strategy", str(strategy), _options(strategy_option))
-    return pruner.plan(chosen, replacement, _asked_ratio(replacement, ratio), pruner.progress.say)
+            raise FlexiError(f"give --{kind}: there is {', '.join(plugins.entries(kind))}")
+    chosen = plugins.get("metric", str(metric), _options(metric_option))
+    replacement = plugins.get("strategy", str(strategy), _options(strategy_option))
+    return chosen, replacement, _asked_ratio(replacement, ratio)
 
 
 def _counted(model: str, strategy: str | None, ratio: float | None, options: Sequence[str] | None) -> PruningPlan:
@@ -411,8 +425,11 @@ def _counted(model: str, strategy: str | None, ratio: float | None, options: Seq
     return count_only(plugins.family(config).shape(config), chosen, _asked_ratio(chosen, ratio))
 
 
-def _read_plan(path: Path, pruner: Pruner) -> PruningPlan:
+def _read_plan(path: Path, pruner: Pruner) -> Planned:
+    """Read a plan file, and its tensors from the file beside it; without that file its strategy makes them."""
     from flexi_plugins.data import PruningPlan
+    from flexi_plugins.execution.sweep import Planned
+    from flexi_plugins.rewrite import PLAN_TENSORS, read_attached
 
     try:
         made = PruningPlan.from_json(json.loads(path.read_text(encoding="utf-8")))
@@ -420,7 +437,10 @@ def _read_plan(path: Path, pruner: Pruner) -> PruningPlan:
         raise FlexiError(f"plan file {str(path)!r}: {error}") from None
     if made.shape != pruner.checkpoint.shape:
         raise FlexiError(f"plan file {str(path)!r} was made for a model of another shape than {pruner.checkpoint.name}")
-    return made
+    beside = path.with_name(PLAN_TENSORS)
+    if made.tensors and beside.is_file():
+        return Planned(made, read_attached(made, beside))
+    return pruner.attach(made)
 
 
 def _plan_summary(made: PruningPlan) -> dict[str, Any]:

@@ -540,7 +540,7 @@ class PruningPlan:
                 tuple(sorted(value.get("tensors", {}).items())),
                 value.get("origin", {}),
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise FlexiError(f"plan file: not a plan of this version ({type(error).__name__}: {error})") from None
 
     # -- validity

@@ -232,10 +232,10 @@ def _no_quality(plans: Sequence[PruningPlan], measure: str = "loss") -> list[flo
 class PruningRequest:
     """What a metric and a strategy are handed. ``plan`` is the plan so far, ``shape`` the shape of its model.
 
-    ``scores`` is set for strategies. ``weights`` are the current model's, and None when only parameters are to be counted (``counting``): a
-    strategy then makes any choice of the right size. ``quality(plans, measure)`` runs plans of the *original* model on
-    the calibration tokens and returns a number for each, lower is better (measure "loss": mean negative log-likelihood
-    in nats per token).
+    ``scores`` is set for strategies. ``weights`` are the current model's, and None when only parameters are to be
+    counted (``counting``): a strategy then makes any choice of the right size. ``quality(plans, measure)`` runs plans of
+    the *original* model on the calibration tokens and returns a number for each, lower is better (measure "loss": mean
+    negative log-likelihood in nats per token).
     """
 
     shape: ModelShape

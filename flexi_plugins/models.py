@@ -10,13 +10,21 @@ from typing import Any
 from flexi_plugins.checkpoint import Checkpoint, FamilyOf, new_folder, read_config, write_tensors
 from flexi_plugins.errors import FlexiError, unknown
 from flexi_plugins.families.known import DEFAULT, KNOWN, check_name
+from flexi_plugins.modeling import FlexiConfig
+from flexi_plugins.rewrite import PLAN_FILE
 
 PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model", "*.jinja", "*.txt"]
 
 
 def open_model(name: str, family_of: FamilyOf) -> Checkpoint:
     """Open a model by name: ``smollm2-135m``, a folder, or a hub name, optionally NAME@REVISION. Safetensors only."""
-    return Checkpoint.from_folder(locate(name), family_of, name)
+    folder = locate(name)
+    if (folder / PLAN_FILE).is_file() and isinstance(read_config(folder), FlexiConfig):
+        raise FlexiError(
+            f"model {name!r} is a FlexiForCausalLM: its blocks share weights or differ in width, so it is no model to start "
+            f"from; give the model that it was made from, and its plan: --plan {folder / PLAN_FILE}"
+        )
+    return Checkpoint.from_folder(folder, family_of, name)
 
 
 def locate(name: str) -> Path:

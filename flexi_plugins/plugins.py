@@ -50,6 +50,7 @@ KINDS = {
     "report": "report_formats",
 }
 
+WITH_OPTIONS = ("metric", "strategy", "recovery", "evaluator")  # the kinds whose options are set and recorded
 CONTRACTS: dict[str, type] = {
     "metric": hookspecs.ImportanceMetric,
     "strategy": hookspecs.ReplacementStrategy,

@@ -133,6 +133,8 @@ class Pruner:
         check_compatible(chosen, replacement)
         plan = PruningPlan.identity(self.checkpoint.shape)
         budget = Budget(plan.shape.parameters, ratio)
+        if not own_knob(replacement):
+            check_reach(replacement.name, budget, replacement.reach(plan.shape))
         steps = 0
         while True:
             request = self._request(Planned(plan), budget, chosen.needs | replacement.needs)

@@ -278,6 +278,22 @@ def _copy_beside(checkpoint: Checkpoint, folder: Path) -> None:
             (folder / file.name).write_bytes(file.read_bytes())
 
 
+def read_attached(plan: PruningPlan, path: Path) -> dict[str, Tensor]:
+    """Read the tensors that were saved with a plan; others than the plan's digests say are an error."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        attached = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise FlexiError(f"plan: cannot read its tensors in {path}: {error}") from None
+    found, wanted = dict(with_digests(plan, attached).tensors), dict(plan.tensors)
+    wrong = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
+    if wrong:
+        raise FlexiError(f"plan: {path} holds other tensors than the plan was saved with: {wrong[0]}, ...")
+    return attached
+
+
 def with_digests(plan: PruningPlan, attached: Tensors) -> PruningPlan:
     """Return the plan with the digests of its attached tensors."""
     from flexi_plugins.digests import tensor_digest

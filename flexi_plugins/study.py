@@ -32,6 +32,8 @@ from flexi_plugins.report import write_reports
 from flexi_plugins.store import Journal, Store, commit, environment, write_traceback
 from flexi_plugins.studyfile import Measure, StudyFile
 
+EVALUATION = "evaluation "  # heads the groups of a cell's options that its plan does not depend on
+
 
 @dataclass
 class Work:
@@ -141,7 +143,7 @@ class Study:
 
     def _cell(self, metric: Entry | None, strategy: Entry | None, ratio: float, seed: int) -> Cell:
         pruner = self.pruners[seed]
-        options: dict[str, Any] = {"dtype": str(pruner.dtype), "evaluation": self._evaluation}
+        options: dict[str, Any] = {"dtype": str(pruner.dtype), **self._evaluation}
         used = [self.plugins.entry("evaluator", m.evaluator) for m in self.file.evaluation]
         if metric and strategy:
             options |= {"metric": options_json(metric.object), "strategy": options_json(strategy.object)}
@@ -162,19 +164,15 @@ class Study:
         )
 
     @cached_property
-    def _evaluation(self) -> list[dict[str, Any]]:
-        """The evaluators' options, with a digest of what each of them reads, where it can tell."""
-        described = []
+    def _evaluation(self) -> dict[str, dict[str, Any]]:
+        """The evaluators' options, each with a digest of what it reads, where it reads anything."""
+        described: dict[str, dict[str, Any]] = {}
         corpora = {n: e.object for n, e in self.plugins.entries("corpus").items()}
         for measure in self.file.evaluation:
             evaluator = self.plugins.get("evaluator", measure.evaluator, measure.options)
-            described.append(
-                {
-                    "evaluator": measure.evaluator,
-                    **options_json(evaluator),
-                    "inputs": evaluator.inputs(self.data, corpora),
-                }
-            )
+            inputs = evaluator.inputs(self.data, corpora)
+            read = {"inputs": inputs[:16]} if inputs else {}
+            described[EVALUATION + self._key(measure)] = {**options_json(evaluator), **read}
         return described
 
     def _is_done(self, cell: Cell) -> bool:
@@ -224,7 +222,7 @@ class Study:
 
     def _plan_key(self, cell: Cell) -> str:
         """Digest of what the plan depends on: all of the cell but its evaluation."""
-        options = {k: v for k, v in json.loads(cell.options).items() if k != "evaluation"}
+        options = {k: v for k, v in json.loads(cell.options).items() if not k.startswith(EVALUATION)}
         plugins = tuple(p for p in cell.plugins if p.kind != "evaluator")
         return replace(cell, options=json.dumps(options, sort_keys=True), plugins=plugins).hash
 

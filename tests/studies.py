@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from flexi_plugins import hookimpl
 from flexi_plugins.data import Record
 from flexi_plugins.plugins import Plugins
 from flexi_plugins.study import Study
@@ -104,6 +106,20 @@ def make_study(
     values = {"metrics": quoted(metrics), "strategies": quoted(strategies), "ratios": ratios, "more": more}
     path.write_text(STUDY.format(model=model, text=text, tokens=tokens, **values) + end)
     return path
+
+
+def plugins_with(version: str = "1", **hooks: list[Any]) -> Plugins:
+    """Return the built-in plugins and those of a third party."""
+    module = ModuleType("third")
+    for name, objects in hooks.items():
+
+        def hook(objects: list[Any] = objects) -> list[Any]:
+            return objects
+
+        setattr(module, name, hookimpl(hook))
+    plugins = Plugins.load()
+    plugins.add(module, "third", ("third-party", version))
+    return plugins
 
 
 def run_study(path: Path, folder: Path, plugins: Plugins | None = None, data: Path | None = None) -> list[Record]:

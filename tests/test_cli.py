@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -17,14 +18,18 @@ from unittest import mock
 import pytest
 import torch
 import typer.main
+from rich.console import Console
+from safetensors.torch import load_file, save_file
 from studies import make_model, make_study, make_text
 from transformers import AutoModelForCausalLM
 
 from flexi_plugins import cli
 from flexi_plugins.data import PruningPlan
+from flexi_plugins.digests import tensor_digest
 from flexi_plugins.families.known import KNOWN
 from flexi_plugins.models import known_config
 from flexi_plugins.plugins import Plugins
+from flexi_plugins.progress import Progress
 from flexi_plugins.pruner import Pruner, count_only, own_knob
 from flexi_plugins.store import from_text
 from flexi_plugins.studyfile import read_study
@@ -185,10 +190,9 @@ def test_sharing_nine_blocks_stores_more_than_removing_them(flexi: Flexi) -> Non
 
     shared = stored("share-lora", "--strategy-option", "blocks=9", "--strategy-option", "rank=256")
     removed = stored("remove-blocks", "--strategy-option", "blocks=9")
-    assert (shared - removed) / KNOWN_SIZE == pytest.approx(0.0366, abs=5e-5)
-    ten = flexi("plan", "--count-only", "--model", "meta-llama/Llama-2-7b-hf", "--strategy", "remove-blocks",
-                "--strategy-option", "blocks=10")  # fmt: skip
-    assert "(30.03%)" in ten.out
+    assert shared / removed - 1 == pytest.approx(0.0366, abs=5e-5)
+    ten = ("--strategy", "remove-blocks", "--strategy-option", "blocks=10")
+    assert "(30.03%)" in flexi("plan", "--count-only", "--model", "meta-llama/Llama-2-7b-hf", *ten).out
 
 
 KNOWN_SIZE = 6_738_415_616  # of LLaMA-7B
@@ -238,9 +242,30 @@ def test_a_plan_file_gives_the_same_model_as_its_method(
     count = sum(p.numel() for p in pruned.parameters())
     assert count == direct.json["stored_parameters"]
     pruned.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False)
-    again = flexi("plan", "--model", tmp_path / "direct", "--corpus", method[3], *method[4:6], "--metric", "come",
-                  "--strategy", "remove-blocks", "--ratio", "0.1")  # fmt: skip
-    assert again.status == (0 if direct.json["plain"] else 2), "a pruned model is a model"
+
+
+def test_a_model_that_is_no_plain_one_is_reached_by_its_plan(
+    flexi: Flexi, method: list[str], model: Path, tmp_path: Path
+) -> None:
+    method = ["share-lora" if word == "concat-merge" else word for word in method]
+    pruned = tmp_path / "pruned"
+    assert flexi("prune", *method, "-o", pruned).status == 0
+    small = ["--dtype", "float32", "--window", "64", "--tokens", "64", "--tasks", "", "--json"]
+    refused = flexi("eval", "--model", pruned, *small)
+    assert refused.status == 2
+    assert f"give the model that it was made from, and its plan: --plan {pruned / 'plan.json'}" in refused.err
+
+    tensors = load_file(pruned / "plan.safetensors")
+    plan = json.loads((pruned / "plan.json").read_text())
+    fresh = flexi("eval", "--model", model, "--plan", pruned / "plan.json", *small).json["measurements"]
+    changed = {n: t * 2 for n, t in tensors.items()}
+    save_file(changed, pruned / "plan.safetensors")
+    other = flexi("eval", "--model", model, "--plan", pruned / "plan.json", *small)
+    assert "holds other tensors than the plan was saved with: blocks." in other.err
+    plan["tensors"] = {n: tensor_digest(t) for n, t in changed.items()}
+    (pruned / "plan.json").write_text(json.dumps(plan))
+    trained = flexi("eval", "--model", model, "--plan", pruned / "plan.json", *small).json["measurements"]
+    assert trained != fresh, "tensors that were saved with a plan are its own, whatever its strategy would make"
 
 
 def test_an_existing_folder_is_refused_before_any_work(
@@ -288,7 +313,7 @@ NEAR = [
     (["--corpus", "python"], "unknown corpus 'python': did you mean 'python-docs'?"),
     (["--corpus", "file:/no/such.txt"], "corpus 'file:/no/such.txt': expected a text file, found none"),
     (["--dtype", "float64"], "unknown dtype 'float64': did you mean 'float16' or 'bfloat16' or 'float32'?"),
-    (["--strategy-option", "repeet=true"], "strategy 'concat-merge': unknown option 'repeet': did you mean 'repeat'?"),
+    (["--strategy-option", "repeet=true"], "strategy 'concat-merge': unknown option 'repeet': did you mean 'repeat'"),
     (["--strategy-option", "repeat=perhaps"], "strategy 'concat-merge': option 'repeat': expected"),
     (["--strategy-option", "repeat"], "option 'repeat': expected KEY=VALUE"),
     (["--ratio", "1.5"], "concat-merge: ratio 1.5 is not between 0 and 1; on this model it reaches up to 0.4"),
@@ -299,8 +324,9 @@ NEAR = [
 
 @pytest.mark.parametrize(("given", "problem"), NEAR)
 def test_what_is_unknown_is_answered_with_what_there_is(
-    flexi: Flexi, method: list[str], given: list[str], problem: str
+    flexi: Flexi, method: list[str], given: list[str], problem: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Pruner, "calibrator", property(lambda self: pytest.fail("this was to be found first")))
     said = flexi("plan", *method, *given)
     assert said.status == 2
     assert said.err.splitlines()[-1].startswith("error: ")
@@ -566,3 +592,39 @@ def test_the_two_7b_models_have_one_shape() -> None:
     assert shapes[0].parameters == KNOWN_SIZE
     studies = [tomllib.loads(BIG[name].read_text()) for name in BIG]
     assert {k for k in studies[0] if studies[0][k] != studies[1][k]} == {"name", "model"}
+
+
+# --------------------------------------------------------------------------------------------------- progress
+
+
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(0, 10_000, 15))
+    monkeypatch.setattr("flexi_plugins.progress.time.monotonic", lambda: next(now))
+    shown = Progress()
+    shown.console = Console(file=io.StringIO(), width=200)
+    with shown.stage("planning [all]", 4) as advance:
+        for _ in range(4):
+            advance(1)
+    lines = shown.console.file.getvalue().splitlines()
+    assert lines[0] == "planning [all] ..."
+    assert any(re.fullmatch(r"planning \[all\]: 50%, about \d+ s left", line) for line in lines)
+    assert re.fullmatch(r"planning \[all\]: [\d.]+ s", lines[-1])
+
+
+def test_a_bar_says_what_is_done_and_how_long_is_left() -> None:
+    shown = Progress()
+    shown.console = Console(file=io.StringIO(), width=100, force_terminal=True)
+    with shown.stage("perplexity on file:[a].txt", 2) as advance:
+        advance(1)
+        shown.say("a line in between")
+    said = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.console.file.getvalue())
+    assert "perplexity on file:[a].txt" in said
+    assert "50%" in said
+    assert "left" in said
+    assert "a line in between" in said
+
+
+def test_quiet_progress_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(quiet=True).stage("planning", 1) as advance:
+        advance(1)
+    assert capsys.readouterr() == ("", "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -14,15 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from studies import METRICS, STRATEGIES, make_model, make_study, make_text, run_study, values
+from studies import METRICS, STRATEGIES, make_model, make_study, make_text, plugins_with, run_study, values
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flexi_plugins import evaluation, hookimpl, store
+from flexi_plugins import evaluation, store
 from flexi_plugins.calibration import Calibrator
 from flexi_plugins.corpora.files import file_corpus
 from flexi_plugins.data import BlockRecipe, Measurement, PruningPlan, Record, Scores
@@ -82,20 +82,6 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     monkeypatch.setattr(Pruner, "plan", planning)
     monkeypatch.setattr(evaluation, "likelihoods", sweeping)
     return seen
-
-
-def plugins_with(version: str = "1", **hooks: list[Any]) -> Plugins:
-    """Return the built-in plugins and those of a third party."""
-    module = ModuleType("third")
-    for name, objects in hooks.items():
-
-        def hook(objects: list[Any] = objects) -> list[Any]:
-            return objects
-
-        setattr(module, name, hookimpl(hook))
-    plugins = Plugins.load()
-    plugins.add(module, "third", ("third-party", version))
-    return plugins
 
 
 def temporary(folder: Path) -> list[Path]:
@@ -166,7 +152,7 @@ def test_a_record_holds_what_it_promises(grid: Grid, text: Path) -> None:
     options = json.loads(record.cell.options)
     assert options["strategy"].keys() >= {"rank", "output_gain"}
     assert options["calibration"]["corpus"] == f"file:{text}"
-    assert options["evaluation"][0]["window"] == 128
+    assert options["evaluation perplexity"]["window"] == 128
     assert options["dtype"] == "torch.float32"
     used = {(p.kind, p.name, p.distribution) for p in record.cell.plugins}
     assert used >= {(k, n, "flexi-plugins") for k, n in (("metric", "saap"), ("strategy", "share-lora"))}
@@ -504,7 +490,7 @@ def test_what_fails_has_its_reason_and_is_retried_alone(
         assert first[f"needy-{strategy}-0.2-s0"].reason == "ZeroDivisionError: nothing to divide by"
     exploded = first["come-explosive-0.2-s0"]
     assert exploded.status == "failed"
-    assert re_search("perplexity: .*its loss on .* is nan, the model broke down", exploded.reason)
+    assert re.search("perplexity: .*its loss on .* is nan, the model broke down", exploded.reason)
     told = (tmp_path / "run" / "failures" / "moody-remove-blocks-0.2-s0.txt").read_text()
     assert "in score" in told, "the traceback is kept for whoever looks into it"
 
@@ -527,12 +513,6 @@ def test_what_fails_has_its_reason_and_is_retried_alone(
         "moody-explosive-0.2-s0",
         *(f"needy-{s}-0.2-s0" for s in ("remove-blocks", "explosive", "share-lora")),
     }
-
-
-def re_search(pattern: str, text: str) -> bool:
-    import re
-
-    return re.search(pattern, text) is not None
 
 
 @dataclass(frozen=True)
@@ -747,178 +727,3 @@ def test_reports_leave_out_records_that_are_not_the_studys_any_more(small: Small
     assert Store(small.folder).records() == sorted(now, key=lambda r: r.cell.label)
     publish(Plugins.load(), small.folder, small.folder.with_name("published"))
     assert len(Store(small.folder.with_name("published")).records()) == 2
-
-
-# ---------------------------------------------------------------------------------------------- study files
-
-WRONG = """
-name = "a b"
-model = "smollm2-135"
-metrics = ["flexgpt", { name = "come", typo = 1 }, 3, "saap", "saap", { name = "come", ratios = [0.9] }]
-strategies = ["remove-block", { name = "remove-units", mode = "globl" }, { name = "concat-merge", repeat = "maybe" }]
-ratios = [0.2, 1.5, "x"]
-seds = [1]
-seeds = []
-recovery = ["lora"]
-dtype = "float64"
-[calibration]
-corpus = "wikitxt2"
-windws = 3
-length = 1
-[[evaluation]]
-evaluator = "perplexity"
-corpus = "python-doc"
-window = 1
-[[evaluation]]
-evaluator = "lm-evall"
-[[evaluation]]
-evaluator = "efficiency"
-repeats = 0
-"""
-PROBLEMS = [
-    "name: it names a folder: expected letters, digits",
-    "unknown model 'smollm2-135': did you mean 'smollm2-135m'?",
-    "unknown metric 'flexgpt': did you mean 'flexigpt'?",
-    "metric 'come': unknown option 'typo'",
-    "metrics.2: input should be a table, found 3",
-    "metrics: saap is listed twice with the same options",
-    "metric 'come': its ratio 0.9 is none of the study's or of a strategy's",
-    "unknown strategy 'remove-block': did you mean 'remove-blocks' or 'remove-units'?",
-    "strategy 'remove-units': option 'mode': unknown choice 'globl': did you mean 'global'?",
-    "strategy 'concat-merge': option 'repeat': expected",
-    "ratios: expected a share of the stored parameters between 0 and 1, found 1.5",
-    "ratios.2: input should be a valid number",
-    "unknown key 'seds': did you mean 'seeds'?",
-    "seeds: list should have at least 1 item, not 0, found []",
-    "unknown recovery 'lora'",
-    "dtype: input should be 'auto', 'float32', 'bfloat16' or 'float16', found 'float64'",
-    "unknown corpus 'wikitxt2': did you mean 'wikitext2'?",
-    "calibration: unknown key 'windws': did you mean 'windows'?",
-    "calibration.length: input should be greater than or equal to 2, found 1",
-    "unknown corpus 'python-doc': did you mean 'python-docs'?",
-    "expected a window of at least 2 tokens",
-    "unknown evaluator 'lm-evall': did you mean 'lm-eval'?",
-    "evaluator 'efficiency': option 'repeats': expected at least 1, found 0",
-]
-
-
-def read(content: str, path: Path) -> Any:
-    from flexi_plugins.studyfile import read_study
-
-    path.write_text(content)
-    return read_study(path, Plugins.load())
-
-
-def test_all_problems_of_a_study_file_come_at_once(tmp_path: Path) -> None:
-    with pytest.raises(FlexiError) as caught:
-        read(WRONG, tmp_path / "wrong.toml")
-    said = str(caught.value)
-    assert [p for p in PROBLEMS if f"\n  - {p}" not in said and p not in said] == []
-    assert f"has {len(PROBLEMS)} problems" in said, said
-    assert said.count("\n  - ") == len(PROBLEMS)
-
-
-def test_problems_are_found_before_torch_is_loaded(tmp_path: Path) -> None:
-    (tmp_path / "wrong.toml").write_text(WRONG)
-    code = (
-        "import sys\n"
-        "from flexi_plugins.plugins import Plugins\n"
-        "from flexi_plugins.studyfile import read_study\n"
-        "try:\n"
-        "    read_study(sys.argv[1], Plugins.load())\n"
-        "except ValueError as error:\n"
-        "    print(error)\n"
-        "print('torch' in sys.modules, 'transformers' in sys.modules)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "wrong.toml")],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "FLEXI_PLUGINS": ""},
-    )
-    assert "problems" in done.stdout
-    assert done.stdout.splitlines()[-1] == "False False"
-
-
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        ("", "metrics: field required"),
-        ("x = ", "is not TOML"),
-        ("metrics = 'come'", "metrics: input should be a valid list, found 'come'"),
-        ("calibration = 3", "calibration: input should be a table, found 3"),
-        ("evaluation = [{corpus = 'python-docs'}]", "evaluation.0.evaluator: field required"),
-        ("[calibration]\ncorpus = 'file:/no/such.txt'", "corpus 'file:/no/such.txt': expected a text file, found none"),
-    ],
-)
-def test_a_study_file_of_the_wrong_form_is_told_so(tmp_path: Path, content: str, problem: str) -> None:
-    with pytest.raises(FlexiError) as caught:
-        read(content, tmp_path / "wrong.toml")
-    assert problem in str(caught.value)
-
-
-def test_a_study_file_that_is_not_there_is_told_so(tmp_path: Path) -> None:
-    from flexi_plugins.studyfile import read_study
-
-    for path in (tmp_path / "none.toml", tmp_path):
-        with pytest.raises(FlexiError, match=f"study file '{path}'"):
-            read_study(path, Plugins.load())
-
-
-def test_a_statistic_that_nobody_offers_is_a_problem_of_the_study_file(tmp_path: Path, model: Path, text: Path) -> None:
-    from flexi_plugins.studyfile import read_study
-
-    file = make_study(tmp_path / "s.toml", model, text, ["needy"])
-    with pytest.raises(FlexiError, match="metric 'needy': it needs an unknown statistic 'jumpy'"):
-        read_study(file, plugins_with(importance_metrics=[Needy()]))
-
-
-def test_ratios_out_of_reach_are_named_together_before_anything_is_run(
-    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Pruner, "plan", fails)
-    monkeypatch.setattr(Pruner, "texts", property(fails))
-    narrow = '{ name = "remove-units", protect_first = 3, protect_last = 3 }'
-    file = make_study(tmp_path / "s.toml", model, text, ["come"], [*STRATEGIES, narrow], "[0.2, 0.9]")
-    with pytest.raises(FlexiError) as caught:
-        run_study(file, tmp_path / "run")
-    lines = str(caught.value).splitlines()
-    assert len(lines) == 5, "those that reach 0.2 are not named for it"
-    for strategy, line in zip(STRATEGIES, lines, strict=False):
-        assert re_search(rf"{strategy}: ratio 0.9 is out of reach .*up to 0\.\d+", line), line
-    assert "remove-units: blocks 3..2 are not a range" in lines[4]
-
-
-# ---------------------------------------------------------------------------------------------- missing data
-
-
-def test_missing_text_is_an_error_that_names_the_file_and_the_option(
-    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from flexi_plugins.corpora import hub
-
-    monkeypatch.setattr(hub, "_answers", lambda address: False)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
-    file = make_study(tmp_path / "s.toml", model, text)
-    file.write_text(file.read_text().replace(f"file:{text}", "wikitext2"))
-    with pytest.raises(FlexiError) as caught:
-        run_study(file, tmp_path / "run")
-    assert re_search(r"wikitext2-(valid|test)\.txt", str(caught.value))
-    assert "--data" in str(caught.value)
-    data = tmp_path / "data"
-    (data / "text").mkdir(parents=True)
-    for part in ("valid", "test"):
-        (data / "text" / f"wikitext2-{part}.txt").write_text(text.read_text())
-    [record, *_] = run_study(file, tmp_path / "run", data=data)
-    assert record.measurements[0].name == "wikitext2_ppl@128"
-
-
-@pytest.mark.parametrize(("before", "after"), [("windows = 4", "windows = 4000"), ("tokens = 512", "tokens = 1280000")])
-def test_a_text_that_is_too_short_says_how_many_tokens_there_are(
-    model: Path, text: Path, tmp_path: Path, before: str, after: str
-) -> None:
-    file = make_study(tmp_path / "s.toml", model, text)
-    file.write_text(file.read_text().replace(before, after))
-    with pytest.raises(FlexiError, match=r"expected at least \d+ windows .* found 1\d{4} tokens; ask for at most"):
-        run_study(file, tmp_path / "run")

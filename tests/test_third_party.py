@@ -44,7 +44,7 @@ def run(site: Path, *command: str, **environment: str) -> subprocess.CompletedPr
     inherited = {k: v for k, v in os.environ.items() if k not in ("FLEXI_PLUGINS", "PYTEST_ADDOPTS")}
     return subprocess.run(
         [sys.executable, *command],
-        env={**inherited, "PYTHONPATH": str(site), **environment},
+        env={**inherited, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -112,3 +112,11 @@ def test_two_lines_check_it(site: Path, tmp_path: Path) -> None:
     done = run(site, *command, FLEXI_PLUGINS="")
     assert done.returncode != 0
     assert "no distribution with an entry point flexi_plugins is installed" in done.stdout
+
+
+def test_a_module_that_is_not_installed_is_named_by_a_marker(tmp_path: Path) -> None:
+    file = tmp_path / "test_example.py"
+    file.write_text('import pytest\n\n@pytest.mark.flexi("flexi_example_metric")' + TWO_LINES)
+    done = run(SOURCE, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "-W", "error", str(file))
+    assert done.returncode == 0, done.stdout
+    assert "test_conformance[metric-example-energy-scores-fit-every-model]" in done.stdout

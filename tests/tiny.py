@@ -82,7 +82,7 @@ def tokens(rows: int = 2, length: int = 12, seed: int = 0, vocabulary: int = SIZ
 def logits(model: nn.Module, ids: Tensor) -> Tensor:
     """Return a model's logits."""
     with torch.no_grad():
-        return model(input_ids=ids).logits
+        return model(input_ids=ids, use_cache=False).logits
 
 
 def built(plan: PruningPlan, model: nn.Module, attached: Mapping[str, Tensor] | None = None) -> nn.Module:

@@ -227,7 +227,7 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
     with torch.inference_mode():
         for batch in job["batches"]:
             speeds |= _speeds(model, job, batch)
-    files = Path(job["folder"]).glob("*.safetensors")
+    files = Path(job["folder"]).glob("model*.safetensors")  # not the tensors that lie beside the plan
     sizes = {"checkpoint_mib": sum(f.stat().st_size for f in files) / MIB, "peak_memory_mib": _peak() / MIB}
     return sizes | speeds
 

@@ -147,7 +147,8 @@ def _quality(done: Sequence[Row], names: Sequence[str]) -> list[str]:
     sections = []
     for model, ratio in dict.fromkeys((r["model"], r["ratio"]) for r in done if not ranking.is_dense(r)):
         group = [r for r in done if r["model"] == model and (ranking.is_dense(r) or r["ratio"] == ratio)]
-        sections.append(f"## Quality at ratio {ratio:g}" + f" of {model}" * several)
+        size = f"ratio {ratio:g}" if ratio else "sizes that options set"
+        sections.append(f"## Quality at {size}" + f" of {model}" * several)
         sections += _tables(group, _identity(done), columns)
     if not sections and done:
         sections = ["## Quality", *_tables(done, _identity(done), columns)]

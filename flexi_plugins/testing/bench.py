@@ -86,9 +86,9 @@ class Bench:
         """Return the pruners of all kinds of tiny models."""
         return [self.pruner(kind) for kind in KINDS]
 
-    def fresh(self, kind: str = "llama-gqa-tied") -> TinyPruner:
+    def fresh(self, kind: str = "llama-gqa-tied", seed: int = 0) -> TinyPruner:
         """Return a pruner that has measured nothing yet."""
-        return TinyPruner(tiny_checkpoint(kind), self.plugins)
+        return TinyPruner(tiny_checkpoint(kind, seed), self.plugins)
 
     def changed(self, pruner: TinyPruner, tensors: Mapping[str, Tensor]) -> TinyPruner:
         """Return a pruner of the same model with some of its tensors replaced."""

@@ -7,12 +7,11 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from flexi_plugins.plugins import options_of, shape_problem, with_options
+from flexi_plugins.plugins import WITH_OPTIONS, options_of, shape_problem, with_options
 from flexi_plugins.pruner import options_json
 from flexi_plugins.testing.bench import Bench, expect
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]*")
-WITH_OPTIONS = ("metric", "strategy", "recovery", "evaluator")  # the kinds whose options are set and recorded
 WITH_PAPER = ("metric", "strategy", "recovery")
 
 

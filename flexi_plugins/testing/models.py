@@ -17,7 +17,7 @@ from flexi_plugins.families.llama import model_family
 from flexi_plugins.rewrite import write_checkpoint
 
 VOCABULARY = 256  # a token a byte
-LOUDNESS = 0.6  # of the maps that write to the residual stream: every block matters, none drowns the others
+LOUDNESS = 0.6  # of the maps that write to the residual stream, half to twice that: every block matters, some more
 
 COMMON = {
     "vocab_size": VOCABULARY,
@@ -93,21 +93,24 @@ def tiny_model(config: PreTrainedConfig, seed: int = 0) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
+    loudness = LOUDNESS * 2 ** (2 * torch.rand(config.num_hidden_layers, generator=generator) - 1)
     for name, parameter in sorted(model.named_parameters()):
-        parameter.data = _random(name, parameter.shape, generator)
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data = _scaled(name, noise, loudness)
     return model.eval().requires_grad_(False)
 
 
-def _random(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-    noise = torch.randn(shape, generator=generator)
+def _scaled(name: str, noise: Tensor, loudness: Tensor) -> Tensor:
     if name.endswith("bias"):
         return 0.2 * noise
-    if len(shape) == 1:
+    if noise.dim() == 1:
         return 1 + 0.2 * noise
     if "embed" in name:
         return 0.5 * noise
-    loudness = LOUDNESS if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
-    return loudness * noise / math.sqrt(shape[1])
+    scaled = noise / math.sqrt(noise.shape[1])
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        return scaled * loudness[int(name.split(".layers.")[1].split(".")[0])]
+    return scaled
 
 
 def tiny_checkpoint(kind: str = "llama-gqa-tied", seed: int = 0, **changes: Any) -> Checkpoint:

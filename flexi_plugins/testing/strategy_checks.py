@@ -92,13 +92,17 @@ def is_finished_when_it_says_so(bench: Bench, strategy: ReplacementStrategy) -> 
 
 
 def reach_is_truthful(bench: Bench, strategy: ReplacementStrategy) -> None:
-    """A ratio just within ``reach`` works; one beyond it, or outside (0, 1), is an OutOfReach that names the reach."""
-    for pruner in bench.pruners():
+    """A ratio just within ``reach`` works; one beyond it, or outside (0, 1), is an OutOfReach that names the reach.
+
+    Whatever the weights and the scores are: an early choice must not leave too little for later steps.
+    """
+    others = [bench.fresh(seed=seed) for seed in range(1, 5)]
+    for seed, pruner in enumerate([*bench.pruners(), *others]):
         shape, where = pruner.checkpoint.shape, pruner.checkpoint.name
         reach = strategy.reach(shape)
         expect(0 < reach < 1, f"{where}: expected a reach between 0 and 1, found {reach}")
         within = reach - 2 / shape.parameters
-        _expect_met(pruner.bounded_plan(KnownScores(), strategy, within), within, where)
+        _expect_met(pruner.bounded_plan(KnownScores(seed=seed), strategy, within), within, where)
         for ratio in ((1 + reach) / 2, 1.0, 1.5, 0.0, -0.1):
             _expect_refused(pruner, strategy, ratio, reach)
 
