@@ -41,7 +41,8 @@ def smallest(count: int, make: Callable[[int], PruningPlan], budget: Budget, who
 
 def lowest(scores: Tensor, count: int, allowed: Sequence[int]) -> list[int]:
     """Return the ``count`` allowed indices with the lowest scores, ascending; ties go to the later index."""
-    ranked = sorted(allowed, key=lambda i: (float(scores[i]), -i))
+    values = scores.tolist()
+    ranked = sorted(allowed, key=lambda i: (values[i], -i))
     return sorted(ranked[:count])
 
 

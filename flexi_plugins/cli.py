@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from flexi_plugins.studyfile import Measure
 
 INTERRUPTED = 130
-WITH_OPTIONS = ("metric", "strategy", "recovery", "evaluator")  # what a study file or the command line sets options of
 
 app = typer.Typer(
     name="flexi",
@@ -266,7 +265,7 @@ def list_plugins(as_json: Json = False) -> None:
     \b
     Example: flexi list --json
     """
-    from flexi_plugins.plugins import KINDS
+    from flexi_plugins.plugins import KINDS, WITH_OPTIONS
     from flexi_plugins.pruner import incompatible, options_json
 
     plugins = _plugins()

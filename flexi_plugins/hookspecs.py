@@ -109,7 +109,10 @@ class ReplacementStrategy(Protocol):
         """Return the largest ratio it can meet on a model of this shape."""
 
     def plan(self, request: PruningRequest) -> PruningPlan:
-        """Return a plan of the *current* model (``request.shape``); the caller composes it with the plan so far."""
+        """Return a plan of the *current* model (``request.shape``); the caller composes it with the plan so far.
+
+        Raise ``OutOfReach`` with the reachable range for a ratio that cannot be met (``budget.check_reach``).
+        """
 
     def finished(self, plan: PruningPlan, budget: Budget) -> bool:
         """Whether this plan of the original model needs no further step."""
@@ -125,7 +128,7 @@ class RecoveryMethod(Protocol):
     paper: ClassVar[str]
 
     def recover(self, request: RecoveryRequest) -> torch.nn.Module:
-        """Return the recovered model."""
+        """Return the recovered model; train a copy, since the request's model shares storage with the original."""
 
 
 class Evaluator(Protocol):

@@ -1,477 +1,521 @@
-"""Statistics and metrics against direct computations: float64, transformers' own model, forward hooks and autograd."""
+"""Statistics and metrics against direct float64 computations on transformers' own hidden states."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
-from tiny import change, opened, tiny, tokens
-from torch import Tensor, nn
+from tiny import attached_for, built, change, close, logits, narrowed, opened, sharing, tiny, tokens
+from torch import Tensor
+from torch.nn import functional as F
 
 from flexi_plugins.calibration import Calibrator
-from flexi_plugins.data import BlockRecipe, ModelShape, Part, PruningPlan, Scores, Statistics
+from flexi_plugins.data import BlockRecipe, Part, PruningPlan, Scores, Statistics
+from flexi_plugins.errors import FlexiError
 from flexi_plugins.execution.blocks import Blocks
 from flexi_plugins.execution.sweep import Planned
-from flexi_plugins.hookspecs import BlockTrace, Budget, GradientTrace, LinearTrace, PruningRequest
-from flexi_plugins.metrics.come import CoMe, PairAngle, Sensitivity
-from flexi_plugins.metrics.flexigpt import BlockInfluence, FlexiGPT, LeaveOneOut
-from flexi_plugins.metrics.saap import Saap, Taylor, noise
+from flexi_plugins.hookspecs import Budget, PruningRequest
+from flexi_plugins.metrics import come, flexigpt, saap
 from flexi_plugins.numerics import one_minus_cosine, row_distance, standardise
 
-KINDS = ("llama", "qwen2", "llama-biases")
-KNOWN = {s.name: s for s in (BlockInfluence(), LeaveOneOut(), Sensitivity(), PairAngle(), Taylor())}
-WINDOWS, SAMPLES = tokens(6, 10), tokens(3, 8, seed=1)  # two batches of different size
-HEADS, KV_HEADS, HEAD_DIM, CHANNELS = 8, 4, 4, 24
-METRICS = (FlexiGPT(), CoMe(), Saap())
+METRICS = (come.CoMe(), flexigpt.FlexiGPT(), saap.Saap())
+KNOWN = {s.name: s for m in (come, flexigpt, saap) for s in m.statistics()}
+FORWARD = [name for name, s in KNOWN.items() if not s.backward]
+KINDS = ["llama", "llama-biases", "mistral", "qwen3-biases"]
+WINDOWS, SAMPLES = tokens(3, 10), tokens(4, 7, seed=5)
 
 
-def calibrator(model: nn.Module) -> Calibrator:
-    return Calibrator(Blocks(opened(model)), WINDOWS, SAMPLES, KNOWN)
+def calibrator(checkpoint, windows=WINDOWS, samples=SAMPLES, rows=2) -> Calibrator:
+    return Calibrator(Blocks(checkpoint), windows, samples, KNOWN, rows)
 
 
-def measured(model: nn.Module, names: Sequence[str] = tuple(KNOWN)) -> Statistics:
-    return calibrator(model).statistics(Planned(PruningPlan.identity(opened(model).shape)), names)
-
-
-def request(shape: ModelShape, statistics: Statistics) -> PruningRequest:
-    plan = PruningPlan.identity(shape)
-    return PruningRequest(shape, plan, Budget(shape.parameters, 0.5), statistics)
-
-
-def scores(model: nn.Module, metric: FlexiGPT | CoMe | Saap) -> Scores:
-    shape = opened(model).shape
-    found = metric.score(request(shape, measured(model, sorted(metric.needs))))
-    return found.check(metric.name, shape)
-
-
-def agree(found: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
-    torch.testing.assert_close(found.double(), expected.double(), rtol=tolerance, atol=tolerance * 1e-3)
-
-
-# ------------------------------------------------------------------------------- the direct computation
+def scores_of(metric, statistics: Statistics, plan: PruningPlan) -> Scores:
+    request = PruningRequest(plan.new_shape, plan, Budget(plan.shape.parameters, 0.2), statistics)
+    return metric.score(request).check(metric.name, plan.new_shape)
 
 
 @dataclass
 class Seen:
-    """What one block of transformers' model did, (tokens, ...) in float64."""
+    """What one block of transformers' model did, in float64, tokens flattened."""
 
     input: Tensor
     middle: Tensor
     output: Tensor
-    attention_inner: Tensor
-    mlp_inner: Tensor
+    heads: Tensor  # input of the attention output map
+    channels: Tensor  # input of the down map
+    heads_weight: Tensor
+    channels_weight: Tensor
 
 
-def watch(model: nn.Module, ids: Tensor = WINDOWS) -> list[Seen]:
-    """Run transformers' own model in float64 with forward hooks on its modules."""
+def reference(model, windows=WINDOWS) -> list[Seen]:
+    """Run transformers' model in float64 and take what its blocks see by hooks."""
     model = copy.deepcopy(model).double()
-    seen: dict[tuple[int, str], Tensor] = {}
-    for i, layer in enumerate(model.model.layers):
+    found: list[dict[str, Tensor]] = [{} for _ in model.model.layers]
 
-        def note(name: str, i: int = i):
-            return lambda _, inputs: seen.__setitem__((i, name), inputs[0].flatten(0, 1))
+    def note(index, name, position=0):
+        def hook(module, inputs, *output):
+            value = inputs[0] if position == 0 else output[0]
+            found[index][name] = value.flatten(0, 1)
 
-        layer.register_forward_pre_hook(note("input"))
-        layer.post_attention_layernorm.register_forward_pre_hook(note("middle"))
-        layer.self_attn.o_proj.register_forward_pre_hook(note("attention_inner"))
-        layer.mlp.down_proj.register_forward_pre_hook(note("mlp_inner"))
-        layer.register_forward_hook(
-            lambda _, inputs, output, i=i: seen.__setitem__(
-                (i, "output"), (output[0] if isinstance(output, tuple) else output).flatten(0, 1)
-            )
+        return hook
+
+    for i, block in enumerate(model.model.layers):
+        block.register_forward_pre_hook(note(i, "input"))
+        block.register_forward_hook(note(i, "output", 1))
+        block.post_attention_layernorm.register_forward_pre_hook(note(i, "middle"))
+        block.self_attn.o_proj.register_forward_pre_hook(note(i, "heads"))
+        block.mlp.down_proj.register_forward_pre_hook(note(i, "channels"))
+    logits(model, windows)
+    blocks = model.model.layers
+    return [
+        Seen(**f, heads_weight=b.self_attn.o_proj.weight, channels_weight=b.mlp.down_proj.weight)
+        for f, b in zip(found, blocks, strict=True)
+    ]
+
+
+def distance(a: Tensor, b: Tensor) -> Tensor:
+    """1 - cos of matching rows, float64."""
+    return 1 - F.cosine_similarity(a, b, dim=-1, eps=0)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def measured(request):
+    """Return a model, its statistics, and the reference."""
+    model = tiny(request.param)
+    checkpoint = opened(model)
+    plan = PruningPlan.identity(checkpoint.shape)
+    return model, checkpoint, calibrator(checkpoint).statistics(Planned(plan), KNOWN), reference(model)
+
+
+# ---------------------------------------------------------------------------------------- block influence, pair angle
+
+
+def test_block_influence(measured):
+    _, _, statistics, blocks = measured
+    for index, seen in enumerate(blocks):
+        found = statistics["block-influence"]
+        assert float(found["influence"][index]) == pytest.approx(
+            float(distance(seen.input, seen.output).mean()), rel=1e-5
         )
-    with torch.no_grad():
-        model(input_ids=ids, use_cache=False)
-    names = ("input", "middle", "output", "attention_inner", "mlp_inner")
-    return [Seen(**{n: seen[i, n] for n in names}) for i in range(len(model.model.layers))]
+        clamped = (1 - (1 - distance(seen.input, seen.output)).clamp(0, 1)).mean()
+        assert float(found["clamped"][index]) == pytest.approx(float(clamped), rel=1e-5)
 
 
-def cosine(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
+def test_the_last_blocks_influence_is_taken_before_the_final_norm(measured):
+    model, _, statistics, blocks = measured
+    normed = copy.deepcopy(model.model.norm).double()(blocks[-1].output)
+    found = float(statistics["block-influence"]["influence"][-1])
+    assert found == pytest.approx(float(distance(blocks[-1].input, blocks[-1].output).mean()), rel=1e-5)
+    assert abs(found - float(distance(blocks[-1].input, normed).mean())) > 1e-3
 
 
-def columns(kv_head: int) -> list[int]:
-    """Columns of the attention output map that belong to a KV head: query head h goes with KV head h // group."""
-    mine = [h for h in range(HEADS) if h // (HEADS // KV_HEADS) == kv_head]
-    return [h * HEAD_DIM + d for h in mine for d in range(HEAD_DIM)]
+def test_pair_angle(measured):
+    _, _, statistics, blocks = measured
+    ends = [9, 19, 29]
+    for index in range(1, len(blocks)):
+        cosine = (1 - distance(blocks[index - 1].input, blocks[index].output)).clamp(0, 1)
+        angle = torch.arccos(cosine) / math.pi
+        found = statistics["pair-angle"]
+        assert float(found["all"][index]) == pytest.approx(float(angle.mean()), rel=1e-5)
+        assert float(found["last"][index]) == pytest.approx(float(angle[ends].mean()), rel=1e-5)
 
 
-# --------------------------------------------------------------------------------- forward statistics
+# ---------------------------------------------------------------------------------------- units
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_block_influence(kind: str) -> None:
-    model = tiny(kind)
-    found = measured(model, ["block-influence"])["block-influence"]
-    seen = watch(model)
-    direct = [1 - cosine(s.input, s.output) for s in seen]
-    agree(torch.stack(found["influence"]), torch.stack([d.mean() for d in direct]))
-    agree(torch.stack(found["clamped"]), torch.stack([d.clamp(0, 1).mean() for d in direct]))
-    normed = copy.deepcopy(model).double().model.norm(seen[-1].output)
-    after = (1 - cosine(seen[-1].input, normed)).mean()
-    assert abs(float(found["influence"][-1]) - float(after)) > 1e-3, "the last block's output is before the final norm"
+def test_sensitivity(measured):
+    _, _, statistics, blocks = measured
+    found = statistics["sensitivity"]
+    for index, seen in enumerate(blocks):
+        heads = torch.stack(
+            [(seen.heads[:, c, None] * seen.heads_weight[:, c]).abs().sum(1).mean() for c in range(seen.heads.shape[1])]
+        )
+        channels = torch.stack(
+            [(seen.channels[:, c, None] * seen.channels_weight[:, c]).abs().sum(1).mean() for c in range(24)]
+        )
+        assert close(found["attention"][index].double(), heads, 1e-5)
+        assert close(found["mlp"][index].double(), channels, 1e-5)
+        assert float(found["attention_residual"][index]) == pytest.approx(
+            float(seen.middle.abs().sum(1).mean()), rel=1e-5
+        )
+        assert float(found["mlp_residual"][index]) == pytest.approx(float(seen.output.abs().sum(1).mean()), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_pair_angle(kind: str) -> None:
-    model = tiny(kind)
-    found = measured(model, ["pair-angle"])["pair-angle"]
-    assert float(found["all"][0]) == float(found["last"][0]) == 0
-    for i, (before, after) in enumerate(itertools.pairwise(watch(model)), start=1):
-        angle = torch.arccos(cosine(before.input, after.output).clamp(0, 1)) / math.pi
-        agree(found["all"][i], angle.mean())
-        agree(found["last"][i], angle.view(WINDOWS.shape)[:, -1].mean())
+def test_come_scores_whole_kv_heads_relative_to_the_stream(measured):
+    """Query head h belongs to KV head h // group: the sum over its channels of what they add, by brute force."""
+    _, checkpoint, statistics, blocks = measured
+    shape = checkpoint.shape
+    found = scores_of(come.CoMe(), statistics, PruningPlan.identity(shape))
+    assert found.comparable
+    for index, (seen, block) in enumerate(zip(blocks, shape.blocks, strict=True)):
+        for head in range(block.kv_heads):
+            total = 0.0
+            for query in range(block.query_heads):
+                if query // block.group == head:
+                    for c in range(query * block.head_dim, (query + 1) * block.head_dim):
+                        total += float((seen.heads[:, c].abs() * seen.heads_weight[:, c].abs().sum()).mean())
+            expected = total / float(seen.middle.abs().sum(1).mean())
+            assert float(found.attention[index][head]) == pytest.approx(expected, rel=1e-5)
+        assert float(found.block[index]) == pytest.approx(
+            float(found.attention[index].sum() + found.mlp[index].sum()), rel=1e-5
+        )
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_sensitivity(kind: str) -> None:
-    model = tiny(kind)
-    found = measured(model, ["sensitivity"])["sensitivity"]
-    relative = scores(model, CoMe())
-    for i, (layer, seen) in enumerate(zip(model.model.layers, watch(model), strict=True)):
-        attention = seen.attention_inner.abs().mean(0) * layer.self_attn.o_proj.weight.double().abs().sum(0)
-        mlp = seen.mlp_inner.abs().mean(0) * layer.mlp.down_proj.weight.double().abs().sum(0)
-        agree(found["attention"][i], attention)
-        agree(found["mlp"][i], mlp)
-        middle, output = seen.middle.abs().sum(1).mean(), seen.output.abs().sum(1).mean()
-        agree(found["attention_residual"][i], middle)
-        agree(found["mlp_residual"][i], output)
-        heads = torch.stack([attention[columns(k)].sum() for k in range(KV_HEADS)])
-        agree(relative.attention[i], heads / middle)
-        agree(relative.mlp[i], mlp / output)
+def test_leave_one_out_distances(measured):
+    """The literal 1 - cos(h, h - v), v computed by zeroing everything but the unit."""
+    _, checkpoint, statistics, blocks = measured
+    found = scores_of(flexigpt.FlexiGPT(), statistics, PruningPlan.identity(checkpoint.shape))
+    for index, (seen, block) in enumerate(zip(blocks, checkpoint.shape.blocks, strict=True)):
+        assert float(found.block[index]) == float(statistics["block-influence"]["influence"][index])
+        width = block.group * block.head_dim
+        for head in range(block.kv_heads):
+            alone = torch.zeros_like(seen.heads)
+            alone[:, head * width : (head + 1) * width] = seen.heads[:, head * width : (head + 1) * width]
+            expected = distance(seen.middle, seen.middle - alone @ seen.heads_weight.T).mean()
+            assert float(found.attention[index][head]) == pytest.approx(float(expected), rel=1e-4)
+        for channel in range(block.channels):
+            alone = torch.zeros_like(seen.channels)
+            alone[:, channel] = seen.channels[:, channel]
+            expected = distance(seen.output, seen.output - alone @ seen.channels_weight.T).mean()
+            assert float(found.mlp[index][channel]) == pytest.approx(float(expected), rel=1e-4, abs=1e-7)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_leave_one_out(kind: str) -> None:
-    model = tiny(kind)
-    found = measured(model, ["leave-one-out"])["leave-one-out"]
-    for i, (layer, seen) in enumerate(zip(model.model.layers, watch(model), strict=True)):
-        out, down = layer.self_attn.o_proj.weight.double(), layer.mlp.down_proj.weight.double()
-        for k in range(KV_HEADS):
-            v = seen.attention_inner[:, columns(k)] @ out[:, columns(k)].T
-            agree(found["attention"][i][k], (1 - cosine(seen.middle, seen.middle - v)).mean(), 5e-4)
-        for c in range(CHANNELS):
-            v = seen.mlp_inner[:, c : c + 1] * down[:, c]
-            agree(found["mlp"][i][c], (1 - cosine(seen.output, seen.output - v)).mean(), 5e-4)
+def test_leave_one_out_is_what_cutting_the_unit_does(measured):
+    """The stream of a model without the unit, right behind its block."""
+    model, checkpoint, statistics, blocks = measured
+    kept = tuple(c for c in range(24) if c != 7)
+    cut = built(change(PruningPlan.identity(checkpoint.shape), {2: BlockRecipe(parts=(Part(2, None, kept),))}), model)
+    stream = []
+    cut.model.layers[2].register_forward_hook(lambda m, i, o: stream.append(o.flatten(0, 1)))
+    logits(cut, WINDOWS)
+    found = float(statistics["leave-one-out"]["mlp"][2][7])
+    assert found == pytest.approx(float(distance(blocks[2].output, stream[0].double()).mean()), rel=1e-4, abs=1e-7)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_leaving_a_kv_head_out_is_silencing_its_values(kind: str) -> None:
-    """No assumption about which query heads go with a KV head: transformers' model decides."""
-    model = tiny(kind)
-    found = measured(model, ["leave-one-out"])["leave-one-out"]
-    whole = watch(model)[2].middle
-    for k in range(KV_HEADS):
-        silent = copy.deepcopy(model)
-        values = silent.model.layers[2].self_attn.v_proj
-        values.weight[k * HEAD_DIM : (k + 1) * HEAD_DIM] = 0
-        if values.bias is not None:
-            values.bias[k * HEAD_DIM : (k + 1) * HEAD_DIM] = 0
-        agree(found["attention"][2][k], (1 - cosine(whole, watch(silent)[2].middle)).mean(), 5e-4)
-
-
-# ----------------------------------------------------------------------------------------- gradients
-
-MAPS = {
-    "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
-    "mlp": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-}
-
-
-def unit_of(name: str, row: int) -> int:
-    """Return the KV head or channel that a row (of an output map: a column) belongs to."""
-    if name.startswith("mlp"):
-        return row
-    head = row // HEAD_DIM
-    return head // (HEADS // KV_HEADS) if name.endswith(("q_proj", "o_proj")) else head
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_taylor_scores_are_per_sample_autograd_on_the_whole_model(kind: str) -> None:
-    model = tiny(kind)
-    found = measured(model, ["taylor"])["taylor"]
-    direct = copy.deepcopy(model).double().requires_grad_(True)
-    for s, sample in enumerate(SAMPLES):
-        direct.zero_grad()
-        logits = direct(input_ids=sample[None], use_cache=False).logits[0, :-1]
-        nn.functional.cross_entropy(logits, sample[1:]).backward()
-        for i, layer in enumerate(direct.model.layers):
-            for part, names in MAPS.items():
-                vector = torch.zeros(KV_HEADS if part == "attention" else CHANNELS, dtype=torch.float64)
-                element = vector.clone()
-                for name in names:
-                    weight = layer.get_submodule(name).weight
+def test_taylor_scores_are_per_sample_autograd(measured):
+    model, checkpoint, statistics, _ = measured
+    model = copy.deepcopy(model).double().requires_grad_(True)
+    found, roles = statistics["taylor"], checkpoint.family.ROLES
+    for sample, row in enumerate(SAMPLES):
+        model.zero_grad()
+        F.cross_entropy(model(row[None]).logits[0, :-1], row[1:]).backward()
+        for index, shape in enumerate(checkpoint.shape.blocks):
+            for kind, names, units in (
+                ("attention", ("query", "key", "value", "attention_output"), shape.kv_heads),
+                ("mlp", ("gate", "up", "down"), shape.channels),
+            ):
+                vector, element = torch.zeros(units, dtype=torch.double), torch.zeros(units, dtype=torch.double)
+                for role in names:
+                    weight = model.model.layers[index].get_submodule(roles[role]).weight
                     product = (weight * weight.grad).detach()
-                    product = product.T if name.endswith(("o_proj", "down_proj")) else product
-                    for row, line in enumerate(product):
-                        vector[unit_of(name, row)] += line.sum().abs()
-                        element[unit_of(name, row)] += line.abs().sum()
-                agree(found[f"vector_{part}"][i][s], vector, 1e-3)
-                agree(found[f"element_{part}"][i][s], element, 1e-3)
+                    product = product.T if role in ("attention_output", "down") else product  # rows are the unit's
+                    rows = product.unflatten(0, (units, -1))
+                    vector += rows.sum(2).abs().sum(1)
+                    element += rows.abs().sum((1, 2))
+                assert close(found[f"vector_{kind}"][index][sample].double(), vector, 1e-5)
+                assert close(found[f"element_{kind}"][index][sample].double(), element, 1e-5)
 
 
-def test_taylor_by_hand() -> None:
-    x, dy = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0, -1.0]]])  # gradient [[3, 6], [-1, -2]]
-    weight = torch.tensor([[1.0, -1.0], [2.0, 1.0]])  # product [[3, -6], [-2, -2]]
-    rows, cols = LinearTrace(x, dy, weight), LinearTrace(x, dy, weight)
-    up = Taylor().observe(GradientTrace(0, 0, 0, 0, {"up": rows}))
-    assert up["vector_mlp"].tolist() == [[3, 4]]
-    assert up["element_mlp"].tolist() == [[9, 4]]
-    assert up["vector_attention"].shape == (1, 0)
-    down = Taylor().observe(GradientTrace(0, 0, 0, 0, {"down": cols}))
-    assert down["vector_mlp"].tolist() == [[1, 8]]
-    assert down["element_mlp"].tolist() == [[5, 8]]
+# ---------------------------------------------------------------------------------------- by hand
 
 
-# --------------------------------------------------------------------------------------- closed forms
+def hand_made():
+    """A model whose first block adds (0, 1, 1, 0) to a stream of (1, 0, 0, 0), by two channels, and whose second adds nothing."""
+    sizes = {"hidden_size": 4, "intermediate_size": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = tiny("llama-biases", num_hidden_layers=2, hidden_act="relu", **sizes)
+    for parameter in model.model.layers.parameters():
+        parameter.data.zero_()
+    model.model.embed_tokens.weight.data[:] = torch.tensor([1.0, 0, 0, 0])
+    mlp = model.model.layers[0].mlp
+    mlp.gate_proj.bias.data[:] = torch.tensor([1.0, 2.0])
+    mlp.up_proj.bias.data[:] = 1.0
+    mlp.down_proj.weight.data[:] = torch.tensor([[0, 0], [1.0, 0], [0, 0.5], [0, 0]])
+    return model
 
 
-def test_a_block_that_adds_nothing_scores_nothing() -> None:
-    model = tiny(num_hidden_layers=2)
-    model.model.layers[1].self_attn.o_proj.weight.zero_()
-    model.model.layers[1].mlp.down_proj.weight.zero_()
-    found = measured(model)
-    assert float(found["block-influence"]["influence"][1]) == 0
-    assert float(found["leave-one-out"]["attention"][1].abs().max()) == 0
-    assert float(found["leave-one-out"]["mlp"][1].abs().max()) == 0
-    assert float(found["sensitivity"]["attention"][1].abs().max()) == 0
-    first = watch(model)[0]
-    agree(found["pair-angle"]["all"][1], (torch.arccos(cosine(first.input, first.output).clamp(0, 1)) / math.pi).mean())
-    for metric in METRICS:
-        block = scores(model, metric).block
-        assert block is not None
-        assert float(block[1]) < float(block[0])
-    assert float(scores(model, CoMe()).block[1]) == float(scores(model, FlexiGPT()).block[1]) == 0
+def test_closed_forms_by_hand():
+    checkpoint = opened(hand_made())
+    plan = PruningPlan.identity(checkpoint.shape)
+    statistics = calibrator(checkpoint).statistics(Planned(plan), KNOWN)
+    turned = 1 - 1 / math.sqrt(3)
+    assert [float(x) for x in statistics["block-influence"]["influence"]] == pytest.approx([turned, 0], abs=1e-6)
+    assert float(statistics["pair-angle"]["all"][1]) == pytest.approx(math.acos(1 / math.sqrt(3)) / math.pi)
+    assert statistics["sensitivity"]["mlp"][0].tolist() == [1.0, 1.0]
+    assert float(statistics["sensitivity"]["mlp_residual"][0]) == 3.0
+    by_come = scores_of(come.CoMe(), statistics, plan)
+    assert by_come.mlp[0].tolist() == pytest.approx([1 / 3, 1 / 3])
+    assert by_come.attention[0].tolist() == [0.0]
+    assert by_come.block.tolist() == pytest.approx([2 / 3, 0])
+    by_flexigpt = scores_of(flexigpt.FlexiGPT(), statistics, plan)
+    assert by_flexigpt.mlp[0].tolist() == pytest.approx([1 - 2 / math.sqrt(6)] * 2)
+    assert by_flexigpt.mlp[1].tolist() == [0.0, 0.0]
+    assert float(statistics["taylor"]["element_mlp"][1].abs().max()) == 0.0
 
 
-def trace(before: Sequence[float], after: Sequence[float], **changes: object) -> BlockTrace:
-    row = torch.tensor([list(after)])
-    values = {
-        "index": 1,
-        "kv_heads": 0,
-        "group": 0,
-        "input": torch.tensor([list(before)]),
-        "middle": row,
-        "output": row,
-        "before": (torch.tensor([list(before)]),),
-        "attention_inner": None,
-        "mlp_inner": None,
-        "attention_weight": None,
-        "mlp_weight": None,
-        "last": torch.tensor([True]),
+# ---------------------------------------------------------------------------------------- numerics
+
+
+@pytest.mark.parametrize("size", [1e-5, 1e-3, 1.0, 1e3, 1e5])
+@pytest.mark.parametrize("scale", [0.0, 1.5, -0.9, -1.9])
+def test_distances_of_rows_do_not_cancel(size, scale):
+    """Nearly parallel, nearly opposite, and very unequal rows; float64 is the truth."""
+    generator = torch.Generator().manual_seed(0)
+    before = torch.randn(100, 64, generator=generator)
+    after = before * (1 + scale) + size * torch.randn(100, 64, generator=generator)
+    u, w = (F.normalize(x.double(), dim=-1, eps=0) for x in (before, after))
+    truth = (u - w).square().sum(-1) / 2
+    assert ((row_distance(before, after).double() - truth) / truth).abs().max() < (1e-5 if scale == 0 else 0.02)
+    assert (row_distance(before, after).double() - truth).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-4, 1e-2, 1.0])
+def test_leaving_out_something_small_does_not_cancel(size):
+    generator = torch.Generator().manual_seed(1)
+    h, v = torch.randn(100, 64, generator=generator), size * torch.randn(100, 64, generator=generator)
+    u, w = (F.normalize(x, dim=-1, eps=0) for x in (h.double(), h.double() - v.double()))
+    truth = (u - w).square().sum(-1) / 2
+    found = one_minus_cosine((h * h).sum(-1), (h * v).sum(-1), (v * v).sum(-1)).double()
+    naive = (1 - F.cosine_similarity(h, h - v, dim=-1)).double()
+    assert ((found - truth) / truth).abs().max() < 1e-4
+    if size <= 1e-4:
+        assert ((naive - truth) / truth).abs().max() > 0.1
+
+
+def test_distances_stay_between_zero_and_two():
+    """Also where nearly all of h is left out, and the products cannot tell what remains."""
+    generator = torch.Generator().manual_seed(2)
+    h = 1e3 * torch.randn(2000, 64, generator=generator)
+    v = h + 1e-2 * torch.randn(2000, 64, generator=generator)
+    found = one_minus_cosine((h * h).sum(-1), (h * v).sum(-1), (v * v).sum(-1))
+    assert found.min() >= 0
+    assert found.max() <= 2
+
+
+def test_vanished_vectors_have_no_direction_and_nan_stays_nan():
+    zero, some = torch.zeros(1, 4), torch.ones(1, 4)
+    broken = torch.full((1, 4), math.nan)
+    assert row_distance(zero, some).tolist() == row_distance(some, zero).tolist() == [1.0]
+    assert row_distance(some, some).tolist() == [0.0]
+    assert row_distance(some, -some).tolist() == pytest.approx([2.0])
+    assert row_distance(some, broken).isnan().all()
+    one = torch.ones(1)
+    assert one_minus_cosine(one, one, one).tolist() == one_minus_cosine(0 * one, 0 * one, one).tolist() == [1.0]
+    assert one_minus_cosine(one, math.nan * one, one).isnan().all()
+
+
+def test_standardise():
+    assert standardise(torch.tensor([1.0, 2.0, 3.0])).tolist() == pytest.approx([-math.sqrt(1.5), 0, math.sqrt(1.5)])
+    assert standardise(torch.tensor([2.0, 2.0])).tolist() == [0.0, 0.0]
+    assert standardise(torch.tensor([5.0])).tolist() == [0.0]
+    assert standardise(torch.zeros(0)).shape == (0,)
+
+
+# ---------------------------------------------------------------------------------------- saap
+
+
+def taylor(seed=0, samples=6, heads=(4, 4, 2), channels=(8, 8, 8)) -> dict[str, tuple[Tensor, ...]]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def made(widths, scale):
+        return tuple(scale * torch.rand(samples, w, generator=generator).exp() for w in widths)
+
+    return {
+        "vector_attention": made(heads, 3.0),
+        "element_attention": made(heads, 50.0),
+        "vector_mlp": made(channels, 0.01),
+        "element_mlp": made(channels, 0.2),
     }
-    return BlockTrace(**{**values, **changes})
 
 
-@pytest.mark.parametrize(
-    ("after", "influence", "clamped", "angle"),
-    [
-        ((2.0, 0.0), 0.0, 0.0, 0.0),
-        ((0.0, 3.0), 1.0, 1.0, 0.5),
-        ((1.0, 1.0), 1 - math.sqrt(0.5), 1 - math.sqrt(0.5), 0.25),
-        ((-1.0, 0.0), 2.0, 1.0, 0.5),
-        ((0.0, 0.0), 1.0, 1.0, 0.5),
-    ],
-)
-def test_influence_and_angle_by_hand(after: tuple[float, ...], influence: float, clamped: float, angle: float) -> None:
-    found = BlockInfluence().observe(trace((1.0, 0.0), after))
-    assert float(found["influence"]) == pytest.approx(influence, abs=1e-6)
-    assert float(found["clamped"]) == pytest.approx(clamped, abs=1e-6)
-    turned = PairAngle().observe(trace((1.0, 0.0), after))
-    assert float(turned["all"]) == pytest.approx(angle, abs=1e-6)
+def objective(log_v, log_e, v, e):
+    """J = mean[V / (2 s_v) + E / (2 s_e)] + log(s_v s_e) / 2."""
+    return (v * torch.exp(-log_v) / 2 + e * torch.exp(-log_e) / 2).mean() + (log_v + log_e) / 2
 
 
-def test_units_by_hand() -> None:
-    """Residual (3, 4); unit 0 adds (3, 0), unit 1 adds (0, 1)."""
-    inner, weight = torch.tensor([[1.5, -1.0]]), torch.tensor([[2.0, 0.0], [0.0, -1.0]])
-    whole = trace(
-        (0.0, 3.0),
-        (3.0, 4.0),
-        kv_heads=2,
-        group=1,
-        attention_inner=inner,
-        attention_weight=weight,
-        mlp_inner=inner,
-        mlp_weight=weight,
-    )
-    expected = [1 - 4 / 5, 1 - 21 / (5 * math.sqrt(18))]
-    for kind in ("attention", "mlp"):
-        assert LeaveOneOut().observe(whole)[kind].tolist() == pytest.approx(expected, rel=1e-5)
-        assert Sensitivity().observe(whole)[kind].tolist() == [3, 1]
-        assert float(Sensitivity().observe(whole)[f"{kind}_residual"]) == 7
-    assert LeaveOneOut().observe(trace((1.0, 0.0), (3.0, 4.0)))["attention"].shape == (0,)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_closed_form_is_the_minimum(seed):
+    found = taylor(seed)
+    v, e = found["vector_mlp"][0].double().flatten(), found["element_mlp"][0].double().flatten()
+    s_v, s_e = saap.noise(v, e)
+    logs = torch.tensor([math.log(s_v), math.log(s_e)], dtype=torch.double, requires_grad=True)
+    value = objective(logs[0], logs[1], v, e)
+    value.backward()
+    assert logs.grad.abs().max() < 1e-12
+    for step in (-0.1, 0.1):
+        assert objective(logs[0] + step, logs[1], v, e) > value
+        assert objective(logs[0], logs[1] + step, v, e) > value
+    assert saap.noise(v, e, "learned") == pytest.approx((s_v, s_e), rel=1e-4)
+    assert saap.noise(1e-9 * v, 1e6 * e, "learned") == pytest.approx((1e-9 * s_v, 1e6 * s_e), rel=1e-4)
 
 
-@pytest.mark.parametrize("size", [1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
-def test_distances_of_nearly_parallel_vectors_do_not_cancel(size: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    h = torch.randn(50, 64, generator=generator)
-    after = h - size * torch.randn(50, 64, generator=generator)
-    v = h - after  # exact in float32 or nearly so: what the oracle sees too
-    a, b = h.double(), h.double() - v.double()
-    across = b - (a * b).sum(1, keepdim=True) / (a * a).sum(1, keepdim=True) * a
-    sine = (across * across).sum(1) / (b * b).sum(1)
-    expected = sine / (1 + (1 - sine).sqrt())
-    found = one_minus_cosine((h * h).sum(1), (h * v).sum(1), (v * v).sum(1))
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)
-    torch.testing.assert_close(row_distance(h, h - v).double(), expected, rtol=max(1e-4, 2e-7 / size), atol=0)
-    torch.testing.assert_close(expected, 1 - cosine(a, b), rtol=1e-3, atol=1e-15)
+def request_of(found, samples_shape=None) -> PruningRequest:
+    model = opened(tiny("llama", num_hidden_layers=3, intermediate_size=8))
+    plan = change(PruningPlan.identity(model.shape), {2: BlockRecipe(parts=(Part(2, (0, 1)),))})
+    return PruningRequest(plan.new_shape, plan, Budget(plan.shape.parameters, 0.2), Statistics({"taylor": found}))
 
 
-def test_distances_at_the_ends() -> None:
-    one = torch.tensor(1.0)
-    assert float(one_minus_cosine(one, 0 * one, 0 * one)) == 0, "nothing left out"
-    assert float(one_minus_cosine(one, one, one)) == 1, "nothing left: no direction"
-    assert float(one_minus_cosine(one, 2 * one, 4 * one)) == 2, "turned around"
-    assert float(one_minus_cosine(0 * one, 0 * one, one)) == 1
-    assert math.isnan(float(one_minus_cosine(one, one * math.nan, one)))
-    rows = torch.tensor([[1.0, 0.0], [1e-6, 0.0], [1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [-5.0, 0.0]])
-    assert row_distance(*rows).tolist() == pytest.approx([0, 1, 2], abs=1e-6)
-
-
-# --------------------------------------------------------------------------------------------- metrics
-
-
-def test_comparable_scores_are_not_negative_and_a_come_block_is_the_sum_of_its_units() -> None:
-    model = tiny()
-    for metric in (FlexiGPT(), CoMe()):
-        found = scores(model, metric)
-        assert found.comparable
-        assert min(float(t.min()) for t in (*found.attention, *found.mlp, found.block)) >= 0
-    found = scores(model, CoMe())
-    for total, heads, channels in zip(found.block, found.attention, found.mlp, strict=True):
-        agree(total, heads.sum() + channels.sum(), 1e-6)
-    assert not scores(model, Saap()).comparable
-
-
-def test_flexigpt_scores_are_the_statistics_as_they_are() -> None:
-    model = tiny()
-    found, statistics = scores(model, FlexiGPT()), measured(model)
-    assert torch.equal(found.block, torch.stack(statistics["block-influence"]["influence"]))
-    for kind in ("attention", "mlp"):
-        for a, b in zip(getattr(found, kind), statistics["leave-one-out"][kind], strict=True):
-            assert torch.equal(a, b)
-
-
-def test_a_block_without_a_sub_layer_is_scored() -> None:
-    model = tiny()
-    shape = opened(model).shape
-    bare = {1: BlockRecipe(parts=(Part(1, kv_heads=()),)), 3: BlockRecipe(parts=(Part(3, channels=()),))}
-    plan = change(PruningPlan.identity(shape), bare)
-    statistics = calibrator(model).statistics(Planned(plan), KNOWN)
-    for metric in METRICS:
-        found = metric.score(request(plan.new_shape, statistics)).check(metric.name, plan.new_shape)
-        assert found.attention[1].shape == found.mlp[3].shape == (0,)
-
-
-# ------------------------------------------------------------------------------------------------ saap
-
-
-def objective(vector: Tensor, element: Tensor, s_v: Tensor, s_e: Tensor) -> Tensor:
-    return (vector / (2 * s_v) + element / (2 * s_e)).mean() + torch.log(s_v * s_e) / 2
-
-
-@pytest.mark.parametrize("scale", [1e-9, 1e-3, 1.0, 1e4])
-def test_the_closed_form_is_the_minimum_and_learning_reaches_it(scale: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    vector, element = (scale * torch.rand(40, generator=generator).double() * f for f in (1, 30))
-    closed = noise(vector, element)
-    variances = [torch.tensor(c, dtype=torch.float64, requires_grad=True) for c in closed]
-    lowest = objective(vector, element, *variances)
-    slopes = torch.autograd.grad(lowest, variances)
-    for slope, variance in zip(slopes, variances, strict=True):
-        assert abs(float(slope * variance.detach())) < 1e-12
-    for factors in itertools.product((0.5, 0.99, 1.01, 2.0), repeat=2):
-        moved = [v.detach() * f for v, f in zip(variances, factors, strict=True)]
-        assert float(objective(vector, element, *moved)) > float(lowest.detach())
-    assert noise(vector, element, "learned") == pytest.approx(closed, rel=1e-4)
-
-
-def direct_keep(vector: list[Tensor], element: list[Tensor], block: int, metric: Saap) -> Tensor:
-    """The keep score of one block's units, from the text of the metric."""
-    pool = range(len(vector)) if metric.scope == "module" else [block]
-    s_v = torch.cat([vector[b].flatten() for b in pool]).double().mean()
-    s_e = torch.cat([element[b].flatten() for b in pool]).double().mean()
-    weighted = vector[block].double() / (2 * s_v) + element[block].double() / (2 * s_e)
-    mean = weighted.mean(0)
-    deviation = ((weighted - mean) ** 2).mean(0).sqrt() / mean
-    return standardise(mean + torch.log(s_v * s_e) / 2) - metric.stability * standardise(deviation)
+def fused_by_hand(found: dict[str, tuple[Tensor, ...]], kind: str, scope: str, block: int) -> Tensor:
+    """F = V / (2 s_v) + E / (2 s_e) + log(s_v s_e) / 2 of a block, (samples, units)."""
+    v, e = found[f"vector_{kind}"], found[f"element_{kind}"]
+    pool = range(3) if scope == "module" else [block]
+    s_v = float(torch.cat([v[b].flatten() for b in pool]).double().mean())
+    s_e = float(torch.cat([e[b].flatten() for b in pool]).double().mean())
+    return v[block].double() / (2 * s_v) + e[block].double() / (2 * s_e) + math.log(s_v * s_e) / 2
 
 
 @pytest.mark.parametrize("scope", ["module", "block"])
-@pytest.mark.parametrize("stability", [0.0, 0.1, 2.0])
 @pytest.mark.parametrize("sigma", ["closed", "learned"])
-def test_saap_keep_scores(scope: str, stability: float, sigma: str) -> None:
-    model = tiny()
-    metric = Saap(stability=stability, scope=scope, sigma=sigma)
-    found, taylor = scores(model, metric), measured(model, ["taylor"])["taylor"]
-    for kind in ("attention", "mlp"):
-        vector, element = list(taylor[f"vector_{kind}"]), list(taylor[f"element_{kind}"])
-        for b, units in enumerate(getattr(found, kind)):
-            torch.testing.assert_close(
-                units.double(), direct_keep(vector, element, b, metric), rtol=1e-3, atol=2e-4 * (1 + stability)
-            )
+def test_without_stability_saap_is_fusion_alone(scope, sigma):
+    found = taylor()
+    scores = saap.Saap(stability=0.0, scope=scope, sigma=sigma).score(request_of(found))
+    assert not scores.comparable
+    total = torch.zeros(3, dtype=torch.double)
+    for kind, given in (("attention", scores.attention), ("mlp", scores.mlp)):
+        for block in range(3):
+            fused = fused_by_hand(found, kind, scope, block).mean(0)
+            total[block] += fused.sum()
+            expected = (fused - fused.mean()) / fused.std(correction=0)
+            assert close(given[block].double(), expected, 1e-4)
+    assert close(scores.block.double(), standardise(total), 1e-3)
 
 
-def test_saap_without_stability_ranks_by_fusion_alone() -> None:
-    model = tiny()
-    taylor = measured(model, ["taylor"])["taylor"]
-    vector, element = taylor["vector_mlp"], taylor["element_mlp"]
-    s_v, s_e = noise(torch.cat([v.flatten() for v in vector]), torch.cat([e.flatten() for e in element]))
-    plain, steady = scores(model, Saap(stability=0)), scores(model, Saap(stability=5))
-    for b in range(5):
-        fused = (vector[b] / (2 * s_v) + element[b] / (2 * s_e)).mean(0)
-        assert torch.equal(plain.mlp[b].argsort(), fused.argsort())
-    assert any(not torch.equal(p.argsort(), s.argsort()) for p, s in zip(plain.mlp, steady.mlp, strict=True))
+def test_what_fluctuates_is_kept_less():
+    """keep = z(mean) - lambda z(std / mean), both within a (block, kind)."""
+    found = taylor()
+    scores = saap.Saap(stability=0.7).score(request_of(found))
+    for block in range(3):
+        fused = fused_by_hand(found, "mlp", "module", block)
+        weighted = fused - math.log(1) - (fused - (found["vector_mlp"][block] * 0).double())  # zeros, replaced below
+        v, e = found["vector_mlp"], found["element_mlp"]
+        s_v, s_e = (float(torch.cat([x.flatten() for x in t]).double().mean()) for t in (v, e))
+        weighted = v[block].double() / (2 * s_v) + e[block].double() / (2 * s_e)
+        fluctuation = weighted.std(0, correction=0) / weighted.mean(0)
+        expected = standardise(fused.mean(0)) - 0.7 * standardise(fluctuation)
+        assert close(scores.mlp[block].double(), expected, 1e-4)
+    steady = {k: tuple(t.mean(0, keepdim=True).expand_as(t) for t in v) for k, v in found.items()}
+    with_, without = (saap.Saap(stability=s).score(request_of(steady)) for s in (0.7, 0.0))
+    assert close(with_.block, without.block, 1e-3)
 
 
-def test_scope_decides_which_units_share_their_noise() -> None:
-    vector = [torch.tensor([[1.0, 3.0]]), torch.tensor([[10.0, 30.0]])]
-    element = [10 * v for v in vector]
-    module, block = Saap(scope="module").fused(vector, element), Saap(scope="block").fused(vector, element)
-    assert module[0][1] == module[1][1] == pytest.approx(0.5 * math.log(11 * 110))
-    assert [o for _, o in block] == pytest.approx([0.5 * math.log(2 * 20), 0.5 * math.log(20 * 200)])
-    assert module[0][0].tolist()[0] == pytest.approx([1 / 11, 3 / 11])
-    assert block[0][0].tolist()[0] == block[1][0].tolist()[0] == pytest.approx([0.5, 1.5])
+def test_scopes_differ_where_blocks_do():
+    found = taylor()
+    found["vector_mlp"] = tuple(x * (10.0**i) for i, x in enumerate(found["vector_mlp"]))
+    module, block = (saap.Saap(scope=s).score(request_of(found)) for s in ("module", "block"))
+    assert not close(module.block, block.block, 1e-2)
 
 
-def test_the_less_stable_of_two_equal_units_scores_lower_and_a_dead_one_lowest() -> None:
-    steady_and_not = torch.tensor([[1.0, 0.2, 0.0], [1.0, 1.8, 0.0]])
-    keep = Saap().keep(steady_and_not, torch.tensor(0.0))
-    assert float(keep[0]) > float(keep[1]) > float(keep[2])
-    assert bool(keep.isfinite().all())
+def test_metrics_score_models_without_some_sub_layers():
+    checkpoint = opened(tiny("qwen2"))
+    recipes = {0: BlockRecipe(parts=(Part(0, ()),)), 2: BlockRecipe(parts=(Part(2, None, ()),))}
+    shared = sharing(checkpoint.shape, {4: 1})
+    plan, attached = attached_for(change(shared, recipes))
+    statistics = calibrator(checkpoint).statistics(Planned(plan, attached), KNOWN)
+    for metric in METRICS:
+        scores = scores_of(metric, statistics, plan)
+        assert scores.attention[0].shape == scores.mlp[2].shape == (0,)
+        assert scores.attention[1].shape == (4,)
 
 
-# ------------------------------------------------------------------------------------ progressive steps
+def test_scores_are_checked():
+    shape = opened(tiny()).shape
+    good = Scores(block=torch.ones(5), mlp=tuple(torch.ones(24) for _ in range(5)), comparable=True)
+    assert good.check("m", shape) is good
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"block": torch.ones(4)}, r"m: block scores: expected shape \(5,\), found \(4,\)"),
+        ({"block": torch.tensor([1.0, 2, 3, 4, math.nan])}, "block scores: not finite"),
+        ({"block": torch.ones(5).double()}, "expected float32 on the CPU, found torch.float64"),
+        ({"mlp": good.mlp[:4]}, "mlp scores for 4 blocks, the model has 5"),
+        ({"mlp": (*good.mlp[:2], -good.mlp[2], *good.mlp[3:])}, "mlp scores of block 2: comparable scores must not be"),
+        ({"attention": good.mlp}, r"attention scores of block 0: expected shape \(4,\)"),
+    ]
+    for changes, message in bad:
+        with pytest.raises(FlexiError, match=message):
+            replace(good, **changes).check("m", shape)
 
 
-def merge(plan: PruningPlan, first: int) -> PruningPlan:
-    """Concatenate block ``first`` of the plan's model and the next one."""
-    step = PruningPlan.identity(plan.new_shape)
-    parts = (Part(first, (0, 3), tuple(range(0, 24, 3))), Part(first + 1, (1, 2), tuple(range(16))))
-    merged = BlockRecipe(parts=parts, norms=((first, 0.5), (first + 1, 0.5)))
-    blocks = (*step.blocks[:first], merged, *step.blocks[first + 2 :])
-    return plan.compose(PruningPlan(plan.new_shape, blocks))
+# ---------------------------------------------------------------------------------------- calibration
 
 
-@pytest.mark.parametrize("chain", [(3, 1, 0), (0, 1, 1), (2, 2), (1, 2, 0)])
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_a_resumed_step_measures_what_a_fresh_pass_does(kind: str, chain: tuple[int, ...]) -> None:
-    model = tiny(kind)
-    resumed = calibrator(model)
-    dense = plan = PruningPlan.identity(opened(model).shape)
-    resumed.statistics(Planned(plan), KNOWN)
-    for first in chain:
-        plan = merge(plan, first)
-        found = resumed.statistics(Planned(plan), KNOWN)
-        resumed.forget([dense, plan])
-        expected = calibrator(model).statistics(Planned(plan), KNOWN)
-        for name in KNOWN:
-            for quantity, blocks in expected[name].items():
-                for a, b in zip(found[name][quantity], blocks, strict=True):
-                    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-9)
+def test_batches_do_not_matter():
+    checkpoint = opened(tiny("mistral"))
+    plan = Planned(PruningPlan.identity(checkpoint.shape))
+    one, many = (calibrator(checkpoint, rows=r).statistics(plan, KNOWN) for r in (1, 3))
+    for name, quantities in one.values.items():
+        for quantity, values in quantities.items():
+            for a, b in zip(values, many.values[name][quantity], strict=True):
+                assert close(a, b)
+                assert a.dtype == torch.float32
+
+
+def merge(shape, first: int, seed: int) -> PruningPlan:
+    """Return the concatenation of two neighbouring blocks of a model of this shape."""
+    generator = torch.Generator().manual_seed(seed)
+    pick = [torch.randperm(4, generator=generator), torch.randperm(24, generator=generator)]
+    parts = (
+        Part(first, tuple(sorted(pick[0][:3].tolist())), tuple(sorted(pick[1][:10].tolist()))),
+        Part(first + 1, tuple(sorted(pick[0][3:].tolist())), tuple(sorted(pick[1][10:].tolist()))),
+    )
+    whole = list(PruningPlan.identity(shape).blocks)
+    whole[first : first + 2] = [BlockRecipe(parts=parts, norms=((first, 0.5), (first + 1, 0.5)))]
+    return PruningPlan(shape, tuple(whole))
+
+
+def test_a_progressive_step_measures_what_a_fresh_start_would(monkeypatch):
+    checkpoint = opened(tiny("qwen3", num_hidden_layers=7))
+    runs: list[int] = []
+    original = Blocks.run
+    monkeypatch.setattr(Blocks, "run", lambda self, *a: runs.append(a[1]) or original(self, *a))
+    identity = PruningPlan.identity(checkpoint.shape)
+    resumed, plan = calibrator(checkpoint), identity
+    resumed.statistics(Planned(identity), KNOWN)
+    for step, first in enumerate((3, 1, 3)):  # the last one changes nothing before block 3
+        plan = plan.compose(merge(plan.new_shape, first, step))
+        runs.clear()
+        found = resumed.statistics(Planned(plan), FORWARD)
+        assert sorted(set(runs)) == list(range(first, len(plan.blocks)))
+        resumed.forget([identity, plan])
+        fresh = calibrator(checkpoint).statistics(Planned(plan), FORWARD)
+        for name in FORWARD:
+            for quantity, values in found[name].items():
+                assert len(values) == len(plan.blocks)
+                assert all(torch.equal(a, b) for a, b in zip(values, fresh[name][quantity], strict=True))
+        assert resumed.losses([Planned(plan)]) == calibrator(checkpoint).losses([Planned(plan)])
+
+
+def test_what_is_known_is_not_measured_again(monkeypatch):
+    checkpoint = opened(tiny())
+    plan = Planned(PruningPlan.identity(checkpoint.shape))
+    taken = calibrator(checkpoint)
+    first = taken.statistics(plan, KNOWN)
+    monkeypatch.setattr(Blocks, "run", None)
+    again = taken.statistics(plan, ["sensitivity", "taylor"])
+    assert again["sensitivity"]["mlp"][2] is first["sensitivity"]["mlp"][2]
+    with pytest.raises(FlexiError, match="statistic 'pair-angle' was not collected: declare it in `needs`"):
+        again["pair-angle"]
+    with pytest.raises(FlexiError, match="no plugin offers the statistic 'nothing'; there is block-influence"):
+        taken.statistics(plan, ["nothing"])
+
+
+def test_a_statistic_asked_for_later_is_the_same(monkeypatch):
+    checkpoint = opened(tiny())
+    plan = Planned(PruningPlan.identity(checkpoint.shape))
+    together = calibrator(checkpoint).statistics(plan, FORWARD)
+    one_by_one = calibrator(checkpoint)
+    for name in FORWARD:
+        for quantity, values in one_by_one.statistics(plan, [name])[name].items():
+            assert all(torch.equal(a, b) for a, b in zip(values, together[name][quantity], strict=True))
+
+
+def test_losses_are_transformers_losses():
+    model = tiny("llama-tied")
+    checkpoint = opened(model)
+    plans = [Planned(PruningPlan.identity(checkpoint.shape)), Planned(narrowed(checkpoint.shape, (0, 1), range(9)))]
+    plans.append(Planned(*attached_for(sharing(checkpoint.shape, {3: 1}))))
+    for one, found in zip(plans, calibrator(checkpoint).losses(plans), strict=True):
+        every = logits(built(one.plan, model, one.attached), WINDOWS)
+        expected = F.cross_entropy(every[:, :-1].flatten(0, 1), WINDOWS[:, 1:].flatten())
+        assert found == pytest.approx(float(expected), rel=1e-5)

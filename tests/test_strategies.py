@@ -339,9 +339,7 @@ def test_progressive_removal_uses_fresh_scores() -> None:
     ]
     assert left(RemoveBlocks(blocks=2).plan(step(PruningPlan.identity(shape)))) == [0, 3, 4]
     protected = RemoveBlocks(blocks=2, progressive=True, protect_last=1)
-    assert left(driven(protected, shape, 0.1, step)[-1]) == [0, 2, 4] or left(driven(protected, shape, 0.1, step)[-1])[
-        -1
-    ] == 4
+    assert left(driven(protected, shape, 0.1, step)[-1]) == [0, 2, 4], "of three equal ones the later goes"
 
 
 @pytest.mark.parametrize("protected", [(0, 0), (2, 0), (1, 2), (0, 3)])
@@ -415,7 +413,7 @@ def test_scores_that_are_not_comparable_are_standardised_in_each_block_and_kind(
         tuple(a * 10.0**i - 3 for i, a in enumerate(plain.attention)),
         tuple(m / 10.0**i + 7 for i, m in enumerate(plain.mlp)),
     )
-    for ratio in (0.1, 0.3, 0.5):
+    for ratio in (0.1, 0.3, 0.45):
         found = [RemoveUnits(protect_first=0).plan(asked(shape, ratio, s)) for s in (plain, moved)]
         assert found[0] == found[1]
 
@@ -486,6 +484,20 @@ def test_global_removal_reaches_its_floors_and_not_more() -> None:
         RemoveUnits(protect_first=3, protect_last=3).plan(asked(shape, 0.1))
 
 
+@pytest.mark.parametrize("min_heads", [1, 2])
+def test_a_block_that_scores_nothing_keeps_its_floors(min_heads: int) -> None:
+    shape = shaped(4, channels=20)
+    flat = random_scores(shape, comparable=True)
+    worthless = replace(
+        flat,
+        attention=tuple(a * (i != 1) for i, a in enumerate(flat.attention)),
+        mlp=tuple(m * (i != 1) for i, m in enumerate(flat.mlp)),
+    )
+    strategy = RemoveUnits(min_heads=min_heads)
+    plan = strategy.plan(asked(shape, strategy.reach(shape) * 0.7, worthless))
+    assert (plan.new_shape.blocks[1].kv_heads, plan.new_shape.blocks[1].channels) == (min_heads, 8)
+
+
 def by_llm_pruner(width: int, rows: int, fraction: float) -> int:
     """How many groups of ``rows`` rows go: torch-pruning keeps int(rows x (1 - fraction)) rows, in whole groups."""
     return (width * rows - int(width * rows * (1 - fraction))) // rows
@@ -507,7 +519,7 @@ def test_uniform_removal_has_llm_pruners_counts(heads: int, channels: int, fract
 
 
 def test_three_heads_and_a_quarter_is_none_and_is_said() -> None:
-    shape = shaped(3, heads=3)
+    shape = shaped(3, heads=3, head_dim=4)
     plan = RemoveUnits(mode="uniform", fraction=0.25).plan(asked(shape, 0.1))
     assert removed(plan) == {(1, "mlp"): {12, 13, 14, 15}}, "of equal units the later go"
     assert plan.origin["notes"] == ["a fraction of 0.25 of 3 KV heads became 0 a block"]
@@ -630,8 +642,8 @@ def test_as_few_blocks_are_shared_as_the_ratio_needs() -> None:
             assert plan.ratio == pytest.approx(count * saved)
     protected = replace(strategy, protect_first=1, protect_last=2)
     assert protected.reach(shape) == pytest.approx(3 * saved)
-    shared = [i for i, r in enumerate(protected.plan(asked(shape, 2 * saved, scores)).blocks) if r.shares is not None]
-    assert shared == [2, 1] or shared == [1, 2]
+    plan = protected.plan(asked(shape, 1.9 * saved, scores))
+    assert [i for i, r in enumerate(plan.blocks) if r.shares is not None] == [1, 2], "of blocks 1, 2, 3"
     with pytest.raises(OutOfReach, match=f"share-lora.*up to {5 * saved:.4f}"):
         strategy.plan(asked(shape, 5 * saved + 0.01, scores))
     with pytest.raises(FlexiError, match=r"blocks = 6, expected 1\.\.5"):

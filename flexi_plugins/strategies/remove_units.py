@@ -13,6 +13,8 @@ from flexi_plugins.hookspecs import Budget, PruningRequest, ReplacementStrategy,
 if TYPE_CHECKING:
     from torch import Tensor
 
+LARGEST = 999  # uniform: thousandths of the largest fraction that a ratio may lead to
+
 
 @dataclass(frozen=True)
 class RemoveUnits:
@@ -49,13 +51,21 @@ class RemoveUnits:
         return range(first, last + 1)
 
     def reach(self, shape: ModelShape) -> float:
-        """Return the ratio with only the floors left in every unprotected block."""
+        """Return the ratio with only the floors left in every unprotected block; uniform: of the largest fraction."""
+        if self.mode == "uniform":
+            return self._saved(shape, LARGEST / 1000) / shape.parameters
         gone = 0
         for index in self._blocks(shape):
             block = shape.blocks[index]
             gone += max(0, block.kv_heads - self.min_heads) * shape.head_cost(block)
             gone += max(0, block.channels - self.multiple) * shape.channel_cost()
         return gone / shape.parameters
+
+    def _saved(self, shape: ModelShape, fraction: float) -> int:
+        """Return how many parameters go with a uniform fraction."""
+        blocks = [shape.blocks[i] for i in self._blocks(shape)]
+        heads = sum(_count(b.kv_heads, b.head_dim, fraction) * shape.head_cost(b) for b in blocks)
+        return heads + sum(_count(b.channels, 1, fraction) for b in blocks) * shape.channel_cost()
 
     def plan(self, request: PruningRequest) -> PruningPlan:
         """Return the plan that keeps the highest-ranked units."""
@@ -73,16 +83,17 @@ class RemoveUnits:
     def _uniform(self, request: PruningRequest) -> PruningPlan:
         if self.fraction is not None:
             return self._with_fraction(request, self.fraction)
-        for thousandth in range(1, 1000):
-            plan = self._with_fraction(request, thousandth / 1000)
-            if request.budget.met(plan):
-                return plan
+        shape = request.shape
+        for thousandth in range(1, LARGEST + 1):
+            if shape.parameters - self._saved(shape, thousandth / 1000) <= request.budget.target:
+                return self._with_fraction(request, thousandth / 1000)
         raise OutOfReach(
-            f"{self.name}: ratio {request.budget.ratio:g} is out of reach for a uniform fraction in these blocks"
+            f"{self.name}: ratio {request.budget.ratio:g} is out of reach for a uniform fraction in these blocks; "
+            f"it reaches ratios up to {self.reach(shape):.4f}"
         )
 
     def _with_fraction(self, request: PruningRequest, fraction: float) -> PruningPlan:
-        """LLM-Pruner's count: rows - int(rows x (1 - fraction)) rows go, in whole heads; the plan notes any rounding."""
+        """Remove the lowest of each unprotected block; the plan notes any rounding."""
         assert request.scores is not None
         assert request.scores.attention is not None
         assert request.scores.mlp is not None
@@ -96,8 +107,7 @@ class RemoveUnits:
                 ("attention", block.kv_heads, block.head_dim, request.scores.attention[index]),
                 ("mlp", block.channels, 1, request.scores.mlp[index]),
             ):
-                count = (width * rows - int(width * rows * (1 - fraction))) // rows
-                count = max(0, min(count, width - 1))
+                count = _count(width, rows, fraction)
                 gone[index, kind] = lowest(scores, count, range(width))
                 if count != width * fraction:
                     unit = "KV heads" if kind == "attention" else "channels"
@@ -112,6 +122,12 @@ class RemoveUnits:
     def tensors(self, plan: PruningPlan, weights: Weights) -> dict[str, Tensor]:
         """Return nothing: removal makes no new tensors."""
         return {}
+
+
+def _count(width: int, rows: int, fraction: float) -> int:
+    """LLM-Pruner's count: rows - int(rows x (1 - fraction)) rows go, in whole units of ``rows``; one unit stays."""
+    count = (width * rows - int(width * rows * (1 - fraction))) // rows
+    return max(0, min(count, width - 1))
 
 
 @hookimpl

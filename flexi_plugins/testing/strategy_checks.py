@@ -109,8 +109,9 @@ def reach_is_truthful(bench: Bench, strategy: ReplacementStrategy) -> None:
 
 def _expect_refused(pruner: TinyPruner, strategy: ReplacementStrategy, ratio: float, reach: float) -> None:
     where = f"{pruner.checkpoint.name} at ratio {ratio:.4f}"
+    request = pruner.request(frozenset(strategy.needs), ratio=ratio)
     try:
-        plan = pruner.bounded_plan(KnownScores(), strategy, ratio)
+        plan = strategy.plan(replace(request, scores=KnownScores().score(request)))
     except OutOfReach as error:
         named = [float(n) for n in re.findall(r"\d+\.\d+", str(error))]
         expect(
@@ -118,7 +119,9 @@ def _expect_refused(pruner: TinyPruner, strategy: ReplacementStrategy, ratio: fl
             f"{where}: expected the error to name the reachable ratio {reach:.4f}, found {str(error)!r}",
         )
         return
-    raise AssertionError(f"{where}: expected OutOfReach (reach is {reach:.4f}), found a plan of ratio {plan.ratio:.4f}")
+    raise AssertionError(
+        f"{where}: expected OutOfReach (reach is {reach:.4f}), found a plan of ratio {plan.ratio:.4f}; see budget.check_reach"
+    )
 
 
 def plan_is_a_value(bench: Bench, strategy: ReplacementStrategy) -> None:
