@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,12 @@ class Measurer:
         """
         evaluator = self.pruner.plugins.get("evaluator", measure.evaluator, measure.options)
         try:
-            made: Iterable[Outcome] = evaluator.evaluate(self._request(candidates))
+            made: Iterator[Outcome] = iter(evaluator.evaluate(self._request(candidates)))
         except FlexiError:
             raise
         except Exception as error:  # a plugin may fail in any way, and the other evaluators go on
-            made = [self._broken(measure.evaluator, error)] * len(candidates)
-        return self._taken(measure.evaluator, iter(made), len(candidates))
+            made = itertools.repeat(self._broken(measure.evaluator, error))
+        return self._taken(measure.evaluator, made, len(candidates))
 
     def _taken(self, evaluator: str, made: Iterator[Outcome], count: int) -> Iterator[Outcome]:
         for index in range(count):

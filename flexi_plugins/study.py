@@ -215,6 +215,10 @@ class Study:
         self.store.write_plan(self._plan_key(work.cell), work.planned.plan, work.planned.attached)
 
     def _plan_from_store(self, work: Work) -> bool:
+        """Take the plan that an earlier run made; not that of a cell that failed, since the plan may be the reason."""
+        record = self.store.get(work.cell)
+        if record is not None and record.status == "failed":
+            return False
         stored = self.store.read_plan(self._plan_key(work.cell))
         if stored is not None:
             work.planned = Planned(*stored)

@@ -65,7 +65,7 @@ def outcomes(folder):
     plan = replace(PLAN, blocks=(PLAN.blocks[0], BlockRecipe(parts=(Part(1, (0,), ()),))))
     FlexiForCausalLM(FlexiConfig.of_plan(plan, LlamaConfig(**WIDTHS, **HEADS), Family("llama"))).save_pretrained(uneven)
     request, advanced = request_for([folder, damaged, folder.with_name("absent"), uneven])
-    return QUICK.evaluate(request), advanced
+    return list(QUICK.evaluate(request)), advanced
 
 
 def test_every_number_is_there(outcomes, folder):

@@ -127,22 +127,19 @@ def test_pair_angle(measured):
 # ---------------------------------------------------------------------------------------- units
 
 
+def added(inner: Tensor, weight: Tensor) -> Tensor:
+    """Mean over tokens of the L1 norm of what each channel adds to the stream, formed channel by channel."""
+    return torch.stack([torch.outer(inner[:, c], weight[:, c]).abs().sum(1).mean() for c in range(inner.shape[1])])
+
+
 def test_sensitivity(measured):
     _, _, statistics, blocks = measured
     found = statistics["sensitivity"]
     for index, seen in enumerate(blocks):
-        heads = torch.stack(
-            [(seen.heads[:, c, None] * seen.heads_weight[:, c]).abs().sum(1).mean() for c in range(seen.heads.shape[1])]
-        )
-        channels = torch.stack(
-            [(seen.channels[:, c, None] * seen.channels_weight[:, c]).abs().sum(1).mean() for c in range(24)]
-        )
-        assert close(found["attention"][index].double(), heads, 1e-5)
-        assert close(found["mlp"][index].double(), channels, 1e-5)
-        assert float(found["attention_residual"][index]) == pytest.approx(
-            float(seen.middle.abs().sum(1).mean()), rel=1e-5
-        )
-        assert float(found["mlp_residual"][index]) == pytest.approx(float(seen.output.abs().sum(1).mean()), rel=1e-5)
+        assert close(found["attention"][index].double(), added(seen.heads, seen.heads_weight), 1e-5)
+        assert close(found["mlp"][index].double(), added(seen.channels, seen.channels_weight), 1e-5)
+        for name, stream in (("attention_residual", seen.middle), ("mlp_residual", seen.output)):
+            assert float(found[name][index]) == pytest.approx(float(stream.abs().sum(1).mean()), rel=1e-5)
 
 
 def test_come_scores_whole_kv_heads_relative_to_the_stream(measured):
@@ -352,7 +349,7 @@ def test_the_closed_form_is_the_minimum(seed):
     assert saap.noise(1e-9 * v, 1e6 * e, "learned") == pytest.approx((1e-9 * s_v, 1e6 * s_e), rel=1e-4)
 
 
-def request_of(found, samples_shape=None) -> PruningRequest:
+def request_of(found) -> PruningRequest:
     model = opened(tiny("llama", num_hidden_layers=3, intermediate_size=8))
     plan = change(PruningPlan.identity(model.shape), {2: BlockRecipe(parts=(Part(2, (0, 1)),))})
     return PruningRequest(plan.new_shape, plan, Budget(plan.shape.parameters, 0.2), Statistics({"taylor": found}))
@@ -387,14 +384,12 @@ def test_what_fluctuates_is_kept_less():
     """keep = z(mean) - lambda z(std / mean), both within a (block, kind)."""
     found = taylor()
     scores = saap.Saap(stability=0.7).score(request_of(found))
+    v, e = found["vector_mlp"], found["element_mlp"]
+    s_v, s_e = (float(torch.cat([x.flatten() for x in t]).double().mean()) for t in (v, e))
     for block in range(3):
-        fused = fused_by_hand(found, "mlp", "module", block)
-        weighted = fused - math.log(1) - (fused - (found["vector_mlp"][block] * 0).double())  # zeros, replaced below
-        v, e = found["vector_mlp"], found["element_mlp"]
-        s_v, s_e = (float(torch.cat([x.flatten() for x in t]).double().mean()) for t in (v, e))
         weighted = v[block].double() / (2 * s_v) + e[block].double() / (2 * s_e)
         fluctuation = weighted.std(0, correction=0) / weighted.mean(0)
-        expected = standardise(fused.mean(0)) - 0.7 * standardise(fluctuation)
+        expected = standardise(weighted.mean(0)) - 0.7 * standardise(fluctuation)
         assert close(scores.mlp[block].double(), expected, 1e-4)
     steady = {k: tuple(t.mean(0, keepdim=True).expand_as(t) for t in v) for k, v in found.items()}
     with_, without = (saap.Saap(stability=s).score(request_of(steady)) for s in (0.7, 0.0))

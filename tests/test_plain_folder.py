@@ -50,7 +50,9 @@ def flexi(*arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.skipif(not os.environ.get("FLEXI_DATA"), reason="FLEXI_DATA is not set: it names the folder with local tasks/")
+@pytest.mark.skipif(
+    not os.environ.get("FLEXI_DATA"), reason="FLEXI_DATA is not set: it names the folder with local tasks/"
+)
 def test_stock_lm_eval_gives_a_merged_model_the_answers_of_the_harness(tmp_path: Path) -> None:
     data, folder = os.environ["FLEXI_DATA"], tmp_path / "merged"
     method = ["--metric", "come", "--strategy", "concat-merge", "--ratio", "0.1"]

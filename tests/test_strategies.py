@@ -1,677 +1,719 @@
-"""Strategies on hand-made scores and statistics: which blocks and units go, and how many; donors by brute force."""
+"""Strategies against brute force: which pairs, shares, units and donors are chosen, floors, budgets and reach."""
 
 from __future__ import annotations
 
-import itertools
-import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+import copy
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import built, close, logits, opened, sharing, tiny, tokens
 from torch import Tensor
+from torch.nn import functional as F
 
-from flexi_plugins.data import BlockRecipe, BlockShape, ModelShape, Part, PruningPlan, Scores, Statistics
+from flexi_plugins.budget import check_reach, lowest, priorities, smallest
+from flexi_plugins.data import BlockShape, ModelShape, Part, PruningPlan, Scores, Statistics
 from flexi_plugins.errors import FlexiError, OutOfReach
-from flexi_plugins.hookspecs import Budget, PruningRequest, ReplacementStrategy
+from flexi_plugins.hookspecs import Budget, PruningRequest
+from flexi_plugins.modeling import FlexiForCausalLM
+from flexi_plugins.pruner import Pruner, count_only
+from flexi_plugins.rewrite import with_digests
+from flexi_plugins.strategies import share_lora
 from flexi_plugins.strategies.concat_merge import ConcatMerge
 from flexi_plugins.strategies.remove_blocks import RemoveBlocks
 from flexi_plugins.strategies.remove_units import RemoveUnits
-from flexi_plugins.strategies.share_lora import ShareLora, block_distance
+from flexi_plugins.strategies.share_lora import ShareLora
+
+WEIGHTS = SimpleNamespace()  # where no weight is looked at
+WINDOWS, SAMPLES = tokens(3, 10), tokens(4, 7, seed=5)
 
 
-def shaped(
-    blocks: int = 4, heads: int = 4, channels: int = 16, group: int = 2, head_dim: int = 2, hidden: int = 8
-) -> ModelShape:
-    block = BlockShape(heads * group, heads, head_dim, channels)
-    return ModelShape((block,) * blocks, hidden, vocabulary=5, tied=True)
-
-
-@dataclass
-class HandWeights:
-    """Random weights of a shape."""
-
-    shape: ModelShape
-    seed: int = 0
-    made: dict[Any, Any] = field(default_factory=dict)
-
-    def block(self, index: int) -> Mapping[str, Tensor]:
-        generator = torch.Generator().manual_seed(100 * self.seed + index)
-        maps = self.shape.maps(self.shape.blocks[index])
-        return {role: torch.randn(size, generator=generator) for role, size in maps.items()}
-
-    def cached(self, key: Any, make: Callable[[], Any]) -> Any:
-        if key not in self.made:
-            self.made[key] = make()
-        return self.made[key]
-
-
-def scored(
-    shape: ModelShape,
-    block: Sequence[float] | None = None,
-    attention: Sequence[Sequence[float]] | None = None,
-    mlp: Sequence[Sequence[float]] | None = None,
-    comparable: bool = False,
-) -> Scores:
-    """Return scores; what is not given is flat."""
-    return Scores(
-        torch.tensor(block) if block is not None else torch.ones(len(shape.blocks)),
-        tuple(torch.tensor(a) for a in attention) if attention else tuple(torch.ones(b.kv_heads) for b in shape.blocks),
-        tuple(torch.tensor(m) for m in mlp) if mlp else tuple(torch.ones(b.channels) for b in shape.blocks),
-        comparable,
+def shape_of(blocks=8, heads=4, channels=24, **changes) -> ModelShape:
+    return ModelShape(
+        (BlockShape(2 * heads, heads, 4, channels),) * blocks, hidden=32, vocabulary=61, tied=False, **changes
     )
 
 
-def random_scores(shape: ModelShape, seed: int = 0, comparable: bool = False) -> Scores:
-    g = torch.Generator().manual_seed(seed)
+def random_scores(shape: ModelShape, seed: int = 0, comparable: bool = True) -> Scores:
+    generator = torch.Generator().manual_seed(seed)
+
+    def made(width):
+        values = torch.rand(width, generator=generator).exp() * 10 ** float(torch.rand((), generator=generator))
+        return values if comparable else values - 4
+
     return Scores(
-        torch.rand(len(shape.blocks), generator=g),
-        tuple(torch.rand(b.kv_heads, generator=g) for b in shape.blocks),
-        tuple(torch.rand(b.channels, generator=g) for b in shape.blocks),
-        comparable,
+        block=made(len(shape.blocks)),
+        attention=tuple(made(b.kv_heads) for b in shape.blocks),
+        mlp=tuple(made(b.channels) for b in shape.blocks),
+        comparable=comparable,
     )
 
 
-def asked(
-    shape: ModelShape,
-    ratio: float,
-    scores: Scores | None = None,
-    plan: PruningPlan | None = None,
-    statistics: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
-    weights: HandWeights | None = None,
-) -> PruningRequest:
-    """Return a request on the model of ``plan`` (default: the original of this shape)."""
+def request_of(shape, ratio=0.1, *, plan=None, scores=None, angles=None, influence=None, last=None, weights=WEIGHTS):
+    """Return a request on the model of ``plan`` (the original by default), with hand-made statistics."""
     plan = plan or PruningPlan.identity(shape)
-    values = {
-        name: {q: tuple(torch.tensor(x) for x in v) for q, v in quantities.items()}
-        for name, quantities in (statistics or {}).items()
+    count = len(plan.blocks)
+    angles = torch.as_tensor(angles if angles is not None else [0.0, *range(1, count)], dtype=torch.float32)
+    last = angles if last is None else torch.as_tensor(last, dtype=torch.float32)
+    influence = torch.as_tensor(influence if influence is not None else [1.0] * count)
+    found = {
+        "pair-angle": {"all": tuple(angles), "last": tuple(last)},
+        "block-influence": {"clamped": tuple(influence)},
     }
-    return PruningRequest(
-        shape=plan.new_shape,
-        plan=plan,
-        budget=Budget(plan.shape.parameters, ratio),
-        statistics=Statistics(values),
-        weights=weights or HandWeights(plan.new_shape),
-        scores=scores or scored(plan.new_shape),
-    )
-
-
-def driven(
-    strategy: ReplacementStrategy, shape: ModelShape, ratio: float, request: Callable[..., PruningRequest]
-) -> list[PruningPlan]:
-    """Call a progressive strategy until it is finished; return every plan of the original."""
-    plans = [PruningPlan.identity(shape)]
-    while True:
-        plans.append(plans[-1].compose(strategy.plan(request(plans[-1]))))
-        if strategy.finished(plans[-1], Budget(shape.parameters, ratio)):
-            return plans[1:]
-
-
-# ------------------------------------------------------------------------------------------ concat-merge
-
-
-def turning(
-    angles: Sequence[float], influence: Sequence[float] | None = None, last: Sequence[float] | None = None
-) -> dict[str, dict[str, Sequence[float]]]:
-    """Return CoMe's statistics; ``angles`` are those of the pairs (0, 1), (1, 2), ..."""
-    flat = [1.0] * (len(angles) + 1)
-    return {
-        "pair-angle": {"all": [0.0, *angles], "last": [0.0, *(last or angles)]},
-        "block-influence": {"influence": [9.0] * len(flat), "clamped": influence or flat},
-    }
+    scores = scores or random_scores(plan.new_shape)
+    return PruningRequest(plan.new_shape, plan, Budget(shape.parameters, ratio), Statistics(found), weights, scores)
 
 
 def merged_pair(plan: PruningPlan) -> tuple[int, ...]:
-    """Return the blocks whose norms are averaged."""
-    return next(tuple(s for s, _ in r.norm_weights) for r in plan.blocks if len(r.norm_weights) > 1)
+    """Return the two blocks that a step merged."""
+    (recipe,) = [r for r in plan.blocks if len(r.norm_weights) == 2]
+    return tuple(s for s, _ in recipe.norm_weights)
 
 
-def units(plan: PruningPlan, position: int) -> dict[int, tuple[tuple[int, ...] | None, tuple[int, ...] | None]]:
-    return {p.source: (p.kv_heads, p.channels) for p in plan.blocks[position].parts}
+def units(plan: PruningPlan) -> list[tuple[int, int]]:
+    """Return how many KV heads and channels each source gave to the merged block."""
+    (recipe,) = [r for r in plan.blocks if len(r.norm_weights) == 2]
+    found = {p.source: (len(p.kv_heads or ()), len(p.channels or ())) for p in recipe.parts}
+    return [found.get(s, (0, 0)) for s, _ in recipe.norm_weights]
 
 
-def counts(plan: PruningPlan, pair: tuple[int, int]) -> tuple[list[int], list[int]]:
-    """Return how many KV heads and channels of each of the pair its merged block has."""
-    found = units(plan, pair[0])
-    kept = [found.get(b, ((), ())) for b in pair]
-    return [len(h) for h, _ in kept], [len(c) for _, c in kept]
+# ---------------------------------------------------------------------------------------- concat-merge: pairs
 
 
-@pytest.mark.parametrize(("tokens", "pair"), [("all", (1, 2)), ("last", (2, 3))])
-def test_the_pair_that_turns_least_is_merged(tokens: str, pair: tuple[int, int]) -> None:
-    statistics = turning([0.3, 0.1, 0.2], last=[0.3, 0.2, 0.1])
-    plan = ConcatMerge(tokens=tokens, merges=1).plan(asked(shaped(), 0.1, statistics=statistics))
-    assert merged_pair(plan) == pair
-    assert [r.whole for r in plan.blocks].count(None) == 1
-    assert len(plan.blocks) == 3
+def test_the_pair_with_the_smallest_angle_is_merged():
+    """Entry i of the angles belongs to the pair (i - 1, i); entry 0 means nothing."""
+    angles, last = [0.0, 0.5, 0.4, 0.2, 0.6, 0.3, 0.7, 0.8], [0.0, 0.5, 0.4, 0.2, 0.6, 0.1, 0.7, 0.8]
+    request = request_of(shape_of(), angles=angles, last=last)
+    assert merged_pair(ConcatMerge().plan(request)) == (2, 3)
+    assert merged_pair(ConcatMerge(tokens="last").plan(request)) == (4, 5)
 
 
-def test_the_pair_of_lowest_scores_is_merged() -> None:
-    strategy = ConcatMerge(pairs="score", merges=1)
-    assert strategy.needs == {"block-influence"}
-    assert strategy.wants == {"block", "attention", "mlp"}
-    request = asked(shaped(), 0.1, scored(shaped(), [0.0, 5.0, 2.0, 1.0]), statistics=turning([0.1, 0.2, 0.3]))
-    assert merged_pair(strategy.plan(request)) == (2, 3)
+def test_pairs_by_score_are_those_with_the_lowest_sum():
+    scores = replace(random_scores(shape_of()), block=torch.tensor([3.0, 1, 2.5, 2, 2, 9, 0, 9]))
+    assert merged_pair(ConcatMerge(pairs="score").plan(request_of(shape_of(), scores=scores))) == (1, 2)
+
+
+@pytest.mark.parametrize("influence", [[1.0] * 8, [1.0, 1, 1, 0, 1, 1, 1, 1]])
+def test_each_block_is_merged_once_unless_repeat(influence):
+    """Also where one of the two gave nothing, and the merged block has a single part."""
+    shape = shape_of()
+    first = ConcatMerge().plan(request_of(shape, angles=[0, 5, 5, 1, 5, 5, 5, 5], influence=influence))
+    assert merged_pair(first) == (2, 3)
+    angles = [0, 5, 1, 2, 4, 3, 6]  # now 2 is the merged block, and (1, 2) and (2, 3) turn the stream least
+    request = request_of(shape, plan=first, angles=angles)
+    assert merged_pair(ConcatMerge().plan(request)) == (4, 5)
+    again = ConcatMerge(repeat=True).plan(request)
+    assert merged_pair(again) == (1, 2)
+    assert first.compose(again).blocks[1].norm_weights == ((1, 0.5), (2, 0.25), (3, 0.25))
+
+
+def test_blocks_of_another_attention_type_are_not_merged():
+    kinds = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+    shape = shape_of(4)
+    shape = replace(shape, blocks=tuple(replace(b, attention_type=k) for b, k in zip(shape.blocks, kinds, strict=True)))
+    assert merged_pair(ConcatMerge().plan(request_of(shape, angles=[0, 1, 9, 2]))) == (1, 2)
+    assert ConcatMerge().reach(shape) == ConcatMerge(repeat=True).reach(shape)
+    assert ConcatMerge().reach(shape) == pytest.approx(shape.block_parameters(shape.blocks[0]) / shape.parameters)
+    alternating = replace(shape, blocks=(shape.blocks[0], shape.blocks[1]) * 2)
+    assert ConcatMerge(repeat=True).reach(alternating) == 0
+    with pytest.raises(OutOfReach, match=r"reaches ratios up to 0\.0000"):
+        ConcatMerge().plan(request_of(alternating))
+
+
+def drive(strategy, shape, ratio, angles) -> PruningPlan:
+    """Run a progressive strategy to its end; ``angles`` gives those of a plan's model."""
+    plan, budget = PruningPlan.identity(shape), Budget(shape.parameters, ratio)
+    while True:
+        plan = plan.compose(strategy.plan(request_of(shape, ratio, plan=plan, angles=angles(plan))))
+        if strategy.finished(plan, budget):
+            return plan
+
+
+def test_what_is_promised_is_reached_whatever_the_angles_say():
+    """Angles that leave every third block alone would end at two thirds of the promised ratio."""
+    shape = shape_of(12)
+
+    def greedy(plan):
+        wanted = [(1, 2), (4, 5), (7, 8), (10, 11)]
+        pairs = [(a.sources[0], b.sources[0]) for a, b in zip(plan.blocks, plan.blocks[1:], strict=False)]
+        return [0.0, *(0.1 if p in wanted else 0.9 for p in pairs)]
+
+    reach = ConcatMerge().reach(shape)
+    done = drive(ConcatMerge(), shape, reach - 1e-6, greedy)
+    assert len(done.blocks) == 6
+    assert {frozenset(s for s, _ in r.norm_weights) for r in done.blocks} == {
+        frozenset((i, i + 1)) for i in range(0, 12, 2)
+    }
+    easy = drive(ConcatMerge(), shape, reach / 2, greedy)  # here the angles have their way
+    assert {frozenset(s for s, _ in r.norm_weights) for r in easy.blocks if len(r.norm_weights) == 2} <= {
+        frozenset(p) for p in ((1, 2), (4, 5), (7, 8), (10, 11))
+    }
+    assert easy.ratio >= reach / 2
+
+
+def test_merges_take_the_place_of_a_ratio():
+    plan = drive(ConcatMerge(merges=3), shape_of(), 0.9, lambda p: None)
+    assert len(plan.blocks) == 5
+    for merges in (0, 5):
+        with pytest.raises(FlexiError, match=rf"merges = {merges}, expected 1\.\.4 on this model"):
+            ConcatMerge(merges=merges).plan(request_of(shape_of()))
+
+
+# ---------------------------------------------------------------------------------------- concat-merge: shares
 
 
 @pytest.mark.parametrize(
-    ("options", "influence", "heads", "channels"),
+    ("influence", "options", "expected"),
     [
-        ({}, (1.0, 3.0), [1, 3], [4, 12]),
-        ({}, (3.0, 1.0), [3, 1], [12, 4]),
-        ({}, (1.0, 2.0), [1, 3], [5, 11]),
-        ({}, (2.0, 1.0), [3, 1], [11, 5]),
-        ({}, (1.0, 1.0), [2, 2], [8, 8]),
-        ({}, (0.0, 0.0), [2, 2], [8, 8]),
-        ({"exponent": 2.0}, (1.0, 3.0), [0, 4], [1, 15]),
-        ({"exponent": 0.0}, (1.0, 3.0), [2, 2], [8, 8]),
-        ({"floor": 0.9}, (1.0, 3.0), [0, 4], [1, 15]),
-        ({"floor": 0.9}, (3.0, 1.0), [4, 0], [15, 1]),
-        ({"floor": 0.6}, (1.0, 3.0), [1, 3], [4, 12]),
+        ((0.3, 0.7), {}, [(3, 7), (7, 17)]),  # floor(10 x 0.3), floor(24 x 0.3)
+        ((0.7, 0.3), {}, [(7, 17), (3, 7)]),
+        ((9.0, 1.0), {}, [(9, 22), (1, 2)]),
+        ((0.5, 0.5), {}, [(5, 12), (5, 12)]),
+        ((1.0, 0.0), {}, [(10, 24), (0, 0)]),
+        ((0.0, 0.0), {}, [(5, 12), (5, 12)]),
+        ((0.2, 0.8), {"exponent": 0.5}, [(3, 8), (7, 16)]),  # sqrt: 1 : 2
+        ((0.2, 0.4), {"exponent": 2.0}, [(2, 4), (8, 20)]),  # squares: 1 : 4
+        ((0.4, 0.6), {"floor": 0.8}, [(1, 4), (9, 20)]),  # 1 - 0.8 is 0.1999..., as in the formula
+        ((0.6, 0.4), {"floor": 0.75}, [(8, 18), (2, 6)]),
+        ((0.1, 0.9), {"floor": 0.75}, [(1, 2), (9, 22)]),
     ],
 )
-def test_width_is_shared_by_influence(
-    options: dict[str, float], influence: tuple[float, float], heads: list[int], channels: list[int]
-) -> None:
-    shape = shaped()
-    statistics = turning([0.3, 0.1, 0.2], [7.0, *influence, 7.0])
-    plan = ConcatMerge(merges=1, **options).plan(asked(shape, 0.1, statistics=statistics))
-    assert counts(plan, (1, 2)) == (heads, channels)
-    assert plan.block_shape(plan.blocks[1]) == shape.blocks[1], "the merged block has the width of one"
+def test_shares_are_the_influences(influence, options, expected):
+    shape = shape_of(3, heads=10)
+    plan = ConcatMerge(**options).plan(request_of(shape, angles=[0, 1, 5], influence=[*influence, 1.0]))
+    assert merged_pair(plan) == (0, 1)
+    assert units(plan) == expected
+    assert plan.new_shape.blocks[0] == shape.blocks[0]  # the width stays
 
 
-def test_the_floor_is_a_root_for_more_original_blocks() -> None:
-    shape = shaped()
-    half = tuple(range(8))
-    first = BlockRecipe(parts=(Part(0, (0, 1), half), Part(1, (0, 1), half)), norms=((0, 0.5), (1, 0.5)))
-    so_far = PruningPlan(shape, (first, BlockRecipe(parts=(Part(2),)), BlockRecipe(parts=(Part(3),))))
-    request = asked(shape, 0.1, plan=so_far, statistics=turning([0.1, 0.2]))
-    plan = ConcatMerge(merges=2, repeat=True, floor=0.7225).plan(request)
-    assert counts(plan, (0, 1)) == ([4, 0], [14, 2]), "three original blocks: 0.7225 ^ (1 / 2) = 0.85"
+def test_the_floor_loosens_with_the_number_of_original_blocks():
+    """min_max ^ (1 / (originals - 1)): for a merged block of two and a third one, the square root."""
+    shape = shape_of(3, heads=10)
+    strategy = ConcatMerge(repeat=True, floor=0.49)
+    first = strategy.plan(request_of(shape, angles=[0, 1, 5]))
+    plan = strategy.plan(request_of(shape, plan=first, angles=[0, 1], influence=[0.45, 0.55]))
+    assert units(plan) == [(3, 7), (7, 17)]
 
 
-def test_width_is_shared_by_scores_above_the_lowest_block() -> None:
-    strategy = ConcatMerge(ratio="score", merges=1)
-    assert strategy.needs == {"pair-angle"}
-    scores = scored(shaped(), [-2.0, -1.0, 1.0, 5.0])  # above the lowest: 0, 1, 3, 7
-    plan = strategy.plan(asked(shaped(), 0.1, scores, statistics=turning([0.3, 0.1, 0.2])))
-    assert counts(plan, (1, 2)) == ([1, 3], [4, 12])
+def test_shares_by_score_are_measured_from_the_lowest_block():
+    shape = shape_of(4, heads=10)
+    scores = replace(random_scores(shape), block=torch.tensor([-1.0, 5, -0.5, -0.75]))
+    plan = ConcatMerge(ratio="score").plan(request_of(shape, angles=[0, 9, 9, 1], scores=scores))
+    assert units(plan) == [(7, 16), (3, 8)]  # 0.5 : 0.25
+    plan = ConcatMerge(ratio="score").plan(request_of(shape, angles=[0, 1, 9, 9], scores=scores))
+    assert units(plan) == [(0, 0), (10, 24)]
 
 
-def test_the_best_units_are_kept_in_their_order_and_norms_are_averaged() -> None:
-    shape = shaped(2, channels=4)
-    scores = scored(
-        shape,
-        attention=[[3.0, 1.0, 2.0, 9.0], [1.0, 2.0, 3.0, 0.0]],
-        mlp=[[0.0, 5.0, 1.0, 2.0], [4.0, 3.0, 2.0, 1.0]],
-    )
-    plan = ConcatMerge(merges=1).plan(asked(shape, 0.1, scores, statistics=turning([0.1])))
-    assert plan.blocks == (
-        BlockRecipe(parts=(Part(0, (0, 3), (1, 3)), Part(1, (1, 2), (0, 1))), norms=((0, 0.5), (1, 0.5))),
-    )
-    assert "KV heads 2 + 2, channels 2 + 2" in plan.origin["notes"][0]
-
-
-def test_a_block_without_any_share_still_enters_the_norm_mean() -> None:
-    statistics = turning([0.3, 0.1, 0.2], [1.0, 0.0, 2.0, 1.0])
-    plan = ConcatMerge(merges=1).plan(asked(shaped(), 0.1, statistics=statistics))
-    assert plan.blocks[1].sources == (2,)
+def test_the_best_units_are_kept_in_their_order():
+    shape, scores = shape_of(4), random_scores(shape_of(4), seed=3)
+    plan = ConcatMerge().plan(request_of(shape, angles=[0, 9, 1, 9], influence=[1.0, 0.3, 0.7, 1.0], scores=scores))
+    first, second = plan.blocks[1].parts
+    assert (first.source, second.source) == (1, 2)
+    for part, heads, channels in ((first, 1, 7), (second, 3, 17)):
+        for kept, values, count in ((part.kv_heads, scores.attention, heads), (part.channels, scores.mlp, channels)):
+            ranked = sorted(range(len(values[part.source])), key=lambda u: -float(values[part.source][u]))
+            assert kept == tuple(sorted(ranked[:count]))
     assert plan.blocks[1].norms == ((1, 0.5), (2, 0.5))
+    assert plan.origin["notes"] == ["merge 1: blocks 1 and 2 share 0.300 : 0.700, KV heads 1 + 3, channels 7 + 17"]
 
 
-@pytest.mark.parametrize("repeat", [False, True])
-def test_a_merged_block_is_merged_again_only_if_asked(repeat: bool) -> None:
-    shape = shaped(6)
-
-    def step(plan: PruningPlan) -> PruningRequest:
-        angles = [0.1 * (1 + i) for i in range(len(plan.blocks) - 1)]  # the first pair always turns least
-        return asked(shape, 0.1, plan=plan, statistics=turning(angles))
-
-    plans = driven(ConcatMerge(repeat=repeat, merges=3), shape, 0.1, step)
-    groups = [tuple(s for s, _ in r.norm_weights) for r in plans[-1].blocks]
-    assert groups == ([(0, 1, 2, 3), (4,), (5,)] if repeat else [(0, 1), (2, 3), (4, 5)])
-    assert [len(p.blocks) for p in plans] == [5, 4, 3]
-
-
-def test_a_pair_that_would_leave_too_few_pairs_waits() -> None:
-    statistics = turning([0.3, 0.1, 0.2])
-    request = asked(shaped(), 0.1, statistics=statistics)
-    assert merged_pair(ConcatMerge(merges=1).plan(request)) == (1, 2)
-    assert merged_pair(ConcatMerge(merges=2).plan(request)) == (2, 3)
-    by_ratio = asked(shaped(), ConcatMerge().reach(shaped()), statistics=statistics)
-    assert merged_pair(ConcatMerge().plan(by_ratio)) == (2, 3)
+def test_a_share_of_one_and_none_is_not_a_removal():
+    """A block that gives nothing still enters the mean of the norms."""
+    model = tiny()
+    shape = opened(model).shape
+    plan = ConcatMerge().plan(request_of(shape, angles=[0, 9, 1, 9, 9], influence=[1.0, 1.0, 0.0, 1.0, 1.0]))
+    assert [p.source for p in plan.blocks[1].parts] == [1]
+    assert plan.blocks[1].norms == ((1, 0.5), (2, 0.5))
+    norms = [model.model.layers[i].input_layernorm.weight for i in (1, 2)]
+    found = built(plan, model)
+    assert close(found.model.layers[1].input_layernorm.weight, (norms[0] + norms[1]) / 2, 1e-7)
+    removed = built(PruningPlan.keep(shape, [0, 1, 3, 4]), model)
+    assert not close(logits(found, tokens()), logits(removed, tokens()), 1e-2)
 
 
-@pytest.mark.parametrize("merges", [1, 2, 3])
-def test_merging_stops_at_the_budget(merges: int) -> None:
-    shape = shaped(6)
-    one = shape.block_parameters(shape.blocks[0]) / shape.parameters
-    ratio = (merges - 0.5) * one
-
-    def step(plan: PruningPlan) -> PruningRequest:
-        return asked(shape, ratio, plan=plan, statistics=turning([0.1] * (len(plan.blocks) - 1)))
-
-    plan = driven(ConcatMerge(), shape, ratio, step)[-1]
-    assert plan.ratio == pytest.approx(merges * one)
-    assert ConcatMerge().reach(shape) == pytest.approx(3 * one)
-    assert ConcatMerge(repeat=True).reach(shape) == pytest.approx(5 * one)
+# ---------------------------------------------------------------------------------------- come, start to end
 
 
-def test_no_pair_left_and_out_of_reach_say_what_is_reachable() -> None:
-    shape = shaped(3)
-    plan = ConcatMerge(merges=1).plan(asked(shape, 0.1, statistics=turning([0.1, 0.2])))
-    with pytest.raises(OutOfReach, match=rf"no two neighbouring.*{plan.ratio:.4f}.*repeat = true"):
-        ConcatMerge().plan(asked(shape, 0.1, plan=plan, statistics=turning([0.1])))
-    with pytest.raises(OutOfReach, match=f"0.9 is out of reach.*up to {ConcatMerge().reach(shape):.4f}"):
-        ConcatMerge().plan(asked(shape, 0.9, statistics=turning([0.1, 0.2])))
-    with pytest.raises(FlexiError, match=r"merges = 2, expected 1\.\.1"):
-        ConcatMerge(merges=2).plan(asked(shape, 0.1, statistics=turning([0.1, 0.2])))
+def watch(model, windows: Tensor) -> tuple[dict[int, Tensor], dict[tuple[int, str], Tensor]]:
+    """Return the residual stream before every block (and after the last), and the inputs of the outgoing maps."""
+    states: dict[int, Tensor] = {}
+    inner: dict[tuple[int, str], Tensor] = {}
+    handles = []
+    for i, layer in enumerate(model.model.layers):
+        handles.append(layer.register_forward_pre_hook(lambda m, a, i=i: states.update({i: a[0]})))
+        handles.append(layer.register_forward_hook(lambda m, a, o, i=i: states.update({i + 1: o})))
+        for name, path in (("attention", layer.self_attn.o_proj), ("mlp", layer.mlp.down_proj)):
+            handles.append(path.register_forward_pre_hook(lambda m, a, k=(i, name): inner.update({k: a[0]})))
+    logits(model, windows)
+    for handle in handles:
+        handle.remove()
+    return states, inner
 
 
-def test_blocks_of_another_kind_are_no_pair() -> None:
-    shape = shaped()
-    sliding = replace(shape.blocks[0], attention_type="sliding_attention")
-    mixed = replace(shape, blocks=(shape.blocks[0], sliding, sliding, shape.blocks[0]))
-    plan = ConcatMerge(merges=1).plan(asked(mixed, 0.1, statistics=turning([0.1, 0.3, 0.2])))
-    assert merged_pair(plan) == (1, 2)
-    with pytest.raises(FlexiError, match=r"expected 1\.\.1"):
-        ConcatMerge(merges=2).plan(asked(mixed, 0.1, statistics=turning([0.1, 0.3, 0.2])))
+def come_by_hand(model, windows: Tensor, merges: int):
+    """CoMe's loop on a transformers model's weights, float64, from the published description alone."""
+    model = copy.deepcopy(model).double()
+    origin = [[i] for i in range(len(model.model.layers))]
+    for _ in range(merges):
+        states, inner = watch(model, windows)
+
+        def cosine(i: int, j: int, states=states) -> Tensor:
+            return F.cosine_similarity(states[i], states[j], dim=-1).clamp(0, 1)
+
+        count = len(origin)
+        influence = [(1 - cosine(i, i + 1)).sum() for i in range(count)]
+        angle = [torch.arccos(cosine(i, i + 2)).sum() for i in range(count - 1)]
+        free = [i for i in range(count - 1) if len(origin[i]) == len(origin[i + 1]) == 1]
+        i = min(free, key=lambda i, angle=angle: float(angle[i]))
+        merge_by_hand(model, i, float(influence[i] / (influence[i] + influence[i + 1])), inner)
+        origin[i : i + 2] = [origin[i] + origin[i + 1]]
+    return model, origin
 
 
-# ----------------------------------------------------------------------------------------- remove-blocks
+def best_by_hand(inner: Tensor, weight: Tensor, units: int, count: int) -> Tensor:
+    """Return the columns of the ``count`` units with the highest mean |activation| x column norm, in their order."""
+    scores = (inner.abs().flatten(0, 1).mean(0) * weight.abs().sum(0)).view(units, -1)
+    best = sorted(scores.mean(1).argsort(descending=True)[:count].tolist())
+    return torch.arange(scores.numel()).view(units, -1)[best].flatten()
 
 
-def left(plan: PruningPlan) -> list[int | None]:
-    return [r.whole for r in plan.blocks]
+def merge_by_hand(model, i: int, share: float, inner) -> None:
+    config, layers = model.config, model.model.layers
+    group, head_dim = config.num_attention_heads // config.num_key_value_heads, config.head_dim
+
+    def counts(width: int) -> tuple[int, int]:
+        low = int(width * min(share, 1 - share))
+        return (low, width - low) if share < 0.5 else (width - low, low)
+
+    pair = layers[i], layers[i + 1]
+    columns: dict[str, list[Tensor]] = {"o_proj": [], "down_proj": []}
+    for j in (0, 1):
+        heads, channels = (counts(w)[j] for w in (config.num_key_value_heads, config.intermediate_size))
+        o, down = pair[j].self_attn.o_proj.weight, pair[j].mlp.down_proj.weight
+        columns["o_proj"].append(best_by_hand(inner[i + j, "attention"], o, config.num_key_value_heads, heads))
+        columns["down_proj"].append(best_by_hand(inner[i + j, "mlp"], down, config.intermediate_size, channels))
+    keys = [c[c % (group * head_dim) < head_dim] for c in columns["o_proj"]]  # the first query head of each KV head
+    keys = [c // (group * head_dim) * head_dim + c % head_dim for c in keys]
+    rows = {**columns, "q_proj": columns["o_proj"], "k_proj": keys, "v_proj": keys}
+    rows |= {"gate_proj": columns["down_proj"], "up_proj": columns["down_proj"]}
+    for name, index in rows.items():
+        maps = [getattr(b.self_attn if name[0] in "qkvo" else b.mlp, name) for b in pair]
+        axis = 1 if name in ("o_proj", "down_proj") else 0
+        maps[0].weight.data = torch.cat(
+            [m.weight.index_select(axis, r) for m, r in zip(maps, index, strict=True)], axis
+        )
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        norms = [getattr(b, name).weight for b in pair]
+        norms[0].data = (norms[0] + norms[1]) / 2
+    del layers[i + 1]
+    config.num_hidden_layers -= 1
 
 
-def ratio_of(shape: ModelShape, blocks: float) -> float:
-    return blocks * shape.block_parameters(shape.blocks[0]) / shape.parameters
+@pytest.fixture(scope="module")
+def pruner_of():
+    """Return what makes a pruner over a tiny model, calibrated on random tokens."""
+
+    def make(model) -> Pruner:
+        pruner = Pruner(opened(model), dtype="float32")
+        pruner.__dict__["texts"] = (WINDOWS, SAMPLES, "no text")
+        return pruner
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_come_is_what_its_authors_describe(kind, pruner_of):
+    model = tiny(kind, num_hidden_layers=8)
+    pruner = pruner_of(model)
+    plan = pruner.plan("come", ConcatMerge(merges=3), 0.5)
+    expected, origin = come_by_hand(model, WINDOWS, 3)
+    assert [[s for s, _ in r.norm_weights] for r in plan.blocks] == origin
+    assert close(logits(pruner.model(plan), WINDOWS), logits(expected, WINDOWS).float(), 1e-4)
+
+
+# ---------------------------------------------------------------------------------------- remove-blocks
+
+
+def test_the_lowest_blocks_go_at_once():
+    scores = replace(random_scores(shape_of()), block=torch.tensor([5.0, 1, 4, 1, 9, 8, 0, 7]))
+
+    def left(**options):
+        plan = RemoveBlocks(**options).plan(request_of(shape_of(), scores=scores))
+        return [r.whole for r in plan.blocks]
+
+    assert left(blocks=1) == [0, 1, 2, 3, 4, 5, 7]
+    assert left(blocks=2) == [0, 1, 2, 4, 5, 7]  # of equal ones the later goes
+    assert left(blocks=3) == [0, 2, 4, 5, 7]
+    assert left(blocks=2, protect_first=2, protect_last=2) == [0, 1, 4, 5, 6, 7]
+    assert left(blocks=4, progressive=True) == [0, 1, 2, 3, 4, 5, 7]  # a step at a time
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.2, 0.5, 0.7])
+def test_as_few_blocks_go_as_the_ratio_allows(ratio):
+    shape = shape_of()
+    plan = RemoveBlocks().plan(request_of(shape, ratio))
+    one = shape.block_parameters(shape.blocks[0])
+    assert plan.ratio >= ratio > plan.ratio - one / shape.parameters
+
+
+@pytest.mark.parametrize("blocks", [0, 8])
+def test_a_number_of_blocks_that_cannot_go(blocks):
+    with pytest.raises(FlexiError, match=rf"remove-blocks: blocks = {blocks}, expected 1\.\.7 on this model"):
+        RemoveBlocks(blocks=blocks).plan(request_of(shape_of()))
+
+
+def test_progressive_removal_scores_the_model_of_every_step(pruner_of):
+    model = tiny("qwen2", num_hidden_layers=7)
+    pruner = pruner_of(model)
+    plan = pruner.plan("flexigpt", RemoveBlocks(progressive=True, blocks=3), 0.5)
+    left = list(range(7))
+    for _ in range(3):
+        current = copy.deepcopy(model)
+        current.model.layers = torch.nn.ModuleList(model.model.layers[i] for i in left)
+        current.config.num_hidden_layers = len(left)
+        states, _ = watch(current, WINDOWS)
+        turned = [(1 - F.cosine_similarity(states[i], states[i + 1], dim=-1)).mean() for i in range(len(left))]
+        del left[int(torch.stack(turned).argmin())]
+    assert [r.whole for r in plan.blocks] == left
+    one_shot = pruner.plan("flexigpt", RemoveBlocks(blocks=3), 0.5)
+    assert len(one_shot.blocks) == 4
+
+
+# ---------------------------------------------------------------------------------------- remove-units
+
+
+def groups_of(values: Tensor, multiple: int) -> list[list[int]]:
+    """Return channels in the groups in which they go, lowest first; the first takes what is over a multiple."""
+    order = sorted(range(len(values)), key=lambda u: float(values[u]))
+    first = len(order) % multiple or multiple
+    return [order[:first], *(order[i : i + multiple] for i in range(first, len(order), multiple))]
+
+
+def ranked(scores: Scores, shape: ModelShape, rule: str) -> tuple[list[Tensor], list[Tensor]]:
+    """The ranking values by the rule, written out."""
+    attention, mlp = list(scores.attention or ()), list(scores.mlp or ())
+    if "standardised" in rule:
+        attention, mlp = ([(v - v.mean()) / v.std(correction=0) for v in values] for values in (attention, mlp))
+    if rule in ("divided", "standardised-divided"):
+        attention = [v / shape.head_cost(b) for v, b in zip(attention, shape.blocks, strict=True)]
+        mlp = [v / shape.channel_cost() for v in mlp]
+    return attention, mlp
+
+
+@pytest.mark.parametrize("comparable", [True, False])
+@pytest.mark.parametrize("rule", ["auto", "divided", "undivided", "standardised", "standardised-divided"])
+def test_units_are_ranked_globally_by_the_rule(rule, comparable):
+    """Nothing that went ranks above anything that could have gone and stayed, and the last one was needed."""
+    shape = shape_of(6, heads=5, channels=44)
+    scores = random_scores(shape, seed=7, comparable=comparable)
+    meant = ("divided" if comparable else "standardised") if rule == "auto" else rule
+    attention, mlp = ranked(scores, shape, meant)
+    for found, expected in zip(priorities(scores, shape, rule), (attention, mlp), strict=True):
+        assert all(close(a, b, 1e-6) for a, b in zip(found, expected, strict=True))
+    plan = RemoveUnits(rule=rule).plan(request_of(shape, 0.15, scores=scores))
+    gone, stayed = [], []
+    for index in range(1, 5):
+        (part,) = plan.blocks[index].parts
+        heads = set(range(5)) if part.kv_heads is None else set(part.kv_heads)
+        channels = set(range(44)) if part.channels is None else set(part.channels)
+        order = sorted(range(5), key=lambda u: float(attention[index][u]))
+        for unit in order[:-1]:  # the best head always stays
+            (stayed if unit in heads else gone).append(
+                (float(attention[index][unit]), shape.head_cost(shape.blocks[0]))
+            )
+        for group in groups_of(mlp[index], 8)[:-1]:
+            assert len(channels & set(group)) in (0, len(group))
+            value = float(mlp[index][group].mean())
+            (stayed if channels & set(group) else gone).append((value, len(group) * shape.channel_cost()))
+        assert heads
+        assert len(channels) % 8 == 0 or len(channels) == 44
+    assert max(v for v, _ in gone) <= min(v for v, _ in stayed)
+    target = int((1 - 0.15) * shape.parameters)
+    assert plan.stored_parameters == shape.parameters - sum(c for _, c in gone) <= target
+    assert plan.stored_parameters + max(gone)[1] > target
+    assert plan.blocks[0].whole == 0
+    assert plan.blocks[5].whole == 5
+
+
+def test_floors_hold_at_the_very_reach():
+    shape = shape_of(6, heads=5, channels=44)
+    strategy = RemoveUnits(multiple=16, min_heads=2, protect_first=2)
+    plan = strategy.plan(request_of(shape, strategy.reach(shape) - 1e-9))
+    assert {(b.kv_heads, b.channels) for b in plan.new_shape.blocks[2:5]} == {(2, 16)}
+    assert [r.whole for r in plan.blocks] == [0, 1, None, None, None, 5]
+    assert plan.ratio == pytest.approx(strategy.reach(shape))
+
+
+def test_a_metric_without_unit_scores_is_refused():
+    shape = shape_of()
+    with pytest.raises(FlexiError, match="the metric gave no attention or no mlp scores"):
+        RemoveUnits().plan(request_of(shape, scores=Scores(block=torch.ones(8))))
+
+
+def test_protection_that_leaves_nothing_is_an_error():
+    with pytest.raises(FlexiError, match=r"blocks 5\.\.3 are not a range of the model's blocks 0\.\.7"):
+        RemoveUnits(protect_first=5, protect_last=4).plan(request_of(shape_of()))
+
+
+def test_uniform_mode_takes_llm_pruners_share_of_every_block():
+    shape = shape_of(8, heads=8, channels=100)
+    scores = random_scores(shape, comparable=False)
+    plan = RemoveUnits(mode="uniform", fraction=0.25, first=2, last=5).plan(request_of(shape, scores=scores))
+    for index, recipe in enumerate(plan.blocks):
+        if not 2 <= index <= 5:
+            assert recipe.whole == index
+            continue
+        assert recipe.parts[0].kv_heads == tuple(sorted(scores.attention[index].topk(6).indices.tolist()))
+        assert recipe.parts[0].channels == tuple(sorted(scores.mlp[index].topk(75).indices.tolist()))
+    assert plan.not_plain() is not None
+    assert not plan.origin
 
 
 @pytest.mark.parametrize(
-    ("options", "kept"),
-    [
-        ({"blocks": 1}, [0, 1, 2, 3, 5]),
-        ({"blocks": 3}, [1, 2, 3]),
-        ({"blocks": 2}, [0, 1, 2, 3]),
-        ({"blocks": 2, "protect_last": 1}, [1, 2, 3, 5]),
-        ({"blocks": 2, "protect_first": 1, "protect_last": 2}, [0, 1, 4, 5]),
-    ],
+    ("heads", "fraction", "gone"),
+    [(3, 0.25, 0), (3, 0.34, 1), (3, 0.5, 1), (4, 0.3, 1), (32, 0.25, 8), (1, 0.9, 0), (4, 0.99, 3)],
 )
-def test_the_lowest_blocks_go_and_of_equal_ones_the_later(options: dict[str, int], kept: list[int]) -> None:
-    scores = scored(shaped(6), [1.0, 3.0, 2.0, 2.0, 0.0, 0.5])
-    assert left(RemoveBlocks(**options).plan(asked(shaped(6), 0.99, scores))) == kept
+def test_llm_pruners_count_of_heads_and_what_rounding_did(heads, fraction, gone):
+    """It counts rows and removes whole heads: a quarter of three heads is none."""
+    shape = shape_of(4, heads=heads, channels=100)
+    plan = RemoveUnits(mode="uniform", fraction=fraction, first=1, last=2).plan(request_of(shape))
+    block = plan.new_shape.blocks[1]
+    assert block.kv_heads == heads - gone
+    assert block.channels == int(100 * (1 - fraction))
+    notes = " ".join(plan.origin.get("notes", ()))
+    assert (f"of {heads} KV heads became {gone} a block" in notes) == (gone != heads * fraction)
 
 
-def test_ties_go_to_the_later_block() -> None:
-    assert left(RemoveBlocks(blocks=2).plan(asked(shaped(5), 0.1))) == [0, 1, 2]
-
-
-@pytest.mark.parametrize(("blocks", "removed"), [(0.5, 1), (1.0, 1), (1.01, 2), (2.5, 3)])
-def test_as_few_blocks_go_as_the_ratio_needs(blocks: float, removed: int) -> None:
-    shape = shaped(6)
-    scores = scored(shape, [5.0, 0.0, 4.0, 1.0, 2.0, 3.0])
-    for progressive in (False, True):
-        strategy = RemoveBlocks(progressive=progressive)
-        ratio = ratio_of(shape, blocks) - 1e-9
-
-        def step(plan: PruningPlan, ratio: float = ratio) -> PruningRequest:
-            kept = [scores.block[b] for b in left(plan)]
-            return asked(shape, ratio, scored(plan.new_shape, torch.stack(kept).tolist()), plan)
-
-        plan = driven(strategy, shape, ratio, step)[-1]
-        assert left(plan) == [b for b in range(6) if b not in [1, 3, 4, 5][:removed]]
-
-
-def test_progressive_removal_uses_fresh_scores() -> None:
-    shape = shaped(5)
-
-    def step(plan: PruningPlan) -> PruningRequest:
-        first = [5.0, 1.0, 2.0, 3.0, 4.0]
-        fresh = first if len(plan.blocks) == 5 else [9.0, 9.0, 9.0, 0.0]
-        return asked(shape, 0.1, scored(plan.new_shape, fresh), plan)
-
-    assert [left(p) for p in driven(RemoveBlocks(blocks=2, progressive=True), shape, 0.1, step)] == [
-        [0, 2, 3, 4],
-        [0, 2, 3],
+def test_uniform_mode_meets_a_ratio_with_the_smallest_fraction():
+    shape = shape_of(8, heads=8, channels=96)
+    plan = RemoveUnits(mode="uniform").plan(request_of(shape, 0.2))
+    assert plan.ratio >= 0.2
+    assert len(set(plan.new_shape.blocks[1:7])) == 1
+    kept = plan.new_shape.blocks[1]
+    richer = [
+        replace(kept, channels=kept.channels + 1),
+        replace(kept, kv_heads=kept.kv_heads + 1, query_heads=kept.query_heads + 2),
     ]
-    assert left(RemoveBlocks(blocks=2).plan(step(PruningPlan.identity(shape)))) == [0, 3, 4]
-    protected = RemoveBlocks(blocks=2, progressive=True, protect_last=1)
-    assert left(driven(protected, shape, 0.1, step)[-1]) == [0, 2, 4], "of three equal ones the later goes"
+    for block in richer:
+        lighter = replace(shape, blocks=(shape.blocks[0], *[block] * 6, shape.blocks[7]))
+        assert lighter.parameters > Budget(shape.parameters, 0.2).target
 
 
-@pytest.mark.parametrize("protected", [(0, 0), (2, 0), (1, 2), (0, 3)])
-def test_remove_blocks_reaches_what_it_says(protected: tuple[int, int]) -> None:
-    shape = shaped(6)
-    strategy = RemoveBlocks(protect_first=protected[0], protect_last=protected[1])
-    reach = strategy.reach(shape)
-    assert reach == pytest.approx(ratio_of(shape, min(5, 6 - sum(protected))))
-    plan = strategy.plan(asked(shape, reach - 1e-9))
-    assert plan.ratio == pytest.approx(reach)
-    with pytest.raises(OutOfReach, match=f"remove-blocks.*up to {reach:.4f}"):
-        strategy.plan(asked(shape, reach + 0.01))
-    with pytest.raises(FlexiError, match=rf"blocks = 6, expected 1\.\.{min(5, 6 - sum(protected))}"):
-        replace(strategy, blocks=6).plan(asked(shape, 0.1))
+def test_fractions_belong_to_uniform_mode():
+    with pytest.raises(FlexiError, match="option fraction belongs to mode uniform"):
+        RemoveUnits(fraction=0.25).plan(request_of(shape_of()))
+    with pytest.raises(FlexiError, match="expected a fraction between 0 and 1, found 1"):
+        RemoveUnits(mode="uniform", fraction=1.0).plan(request_of(shape_of()))
 
 
-@pytest.mark.parametrize("ratio", [-0.1, 0.0, 1.0, 2.0])
-def test_a_ratio_lies_between_0_and_1(ratio: float) -> None:
-    for strategy in (ConcatMerge(), RemoveBlocks(), RemoveUnits(), ShareLora(rank=1)):
-        with pytest.raises(OutOfReach, match=rf"{strategy.name}: ratio.*up to \d\.\d{{4}}"):
-            strategy.plan(asked(shaped(), ratio))
+# ---------------------------------------------------------------------------------------- share-lora
 
 
-# ------------------------------------------------------------------------------------------ remove-units
-
-
-def removed(plan: PruningPlan) -> dict[tuple[int, str], set[int]]:
-    """Return the units that are gone: (block, kind) -> indices."""
-    found = {}
-    for i, (recipe, block) in enumerate(zip(plan.blocks, plan.shape.blocks, strict=True)):
-        part = recipe.parts[0]
-        for kind, kept, width in (("attention", part.kv_heads, block.kv_heads), ("mlp", part.channels, block.channels)):
-            if kept is not None:
-                found[i, kind] = set(range(width)) - set(kept)
-    return found
-
-
-HEAD_FIRST, CHANNELS_FIRST = {(0, "attention"): {0}}, {(0, "mlp"): set(range(8))}
-
-
-@pytest.mark.parametrize(
-    ("rule", "comparable", "head", "gone"),
-    [
-        ("auto", True, 9.0, CHANNELS_FIRST),  # 9 / 96 parameters > 1 / 24
-        ("auto", True, 3.0, HEAD_FIRST),
-        ("auto", False, 9.0, HEAD_FIRST),  # standardised: -1.73 < -1
-        ("standardised", True, 9.0, HEAD_FIRST),
-        ("standardised-divided", True, 9.0, CHANNELS_FIRST),  # -1.73 / 96 > -1 / 24
-        ("divided", False, 9.0, CHANNELS_FIRST),
-        ("divided", False, 3.0, HEAD_FIRST),
-        ("undivided", True, 3.0, CHANNELS_FIRST),
-        ("undivided", True, 0.5, HEAD_FIRST),
-    ],
-)
-def test_the_rule_decides_between_heads_and_channels(
-    rule: str, comparable: bool, head: float, gone: dict[tuple[int, str], set[int]]
-) -> None:
-    shape = shaped(1)
-    assert (shape.head_cost(shape.blocks[0]), shape.channel_cost()) == (96, 24)
-    scores = scored(shape, None, [[head, 10.0, 10.0, 10.0]], [[1.0] * 8 + [2.0] * 8], comparable)
-    strategy = RemoveUnits(rule=rule, protect_first=0, protect_last=0)
-    assert removed(strategy.plan(asked(shape, 1 / shape.parameters, scores))) == gone
-
-
-def test_scores_that_are_not_comparable_are_standardised_in_each_block_and_kind() -> None:
-    """Any positive scale and any offset of one block's kind changes nothing."""
-    shape = shaped()
-    plain = random_scores(shape)
-    moved = Scores(
-        plain.block,
-        tuple(a * 10.0**i - 3 for i, a in enumerate(plain.attention)),
-        tuple(m / 10.0**i + 7 for i, m in enumerate(plain.mlp)),
-    )
-    for ratio in (0.1, 0.3, 0.45):
-        found = [RemoveUnits(protect_first=0).plan(asked(shape, ratio, s)) for s in (plain, moved)]
-        assert found[0] == found[1]
-
-
-def greedy(scores: Scores, shape: ModelShape, blocks: Sequence[int], target: int) -> dict[tuple[int, str], set[int]]:
-    """Remove the cheapest item per parameter until the target is met: one head, or the block's 8 lowest channels."""
-    items = []
-    for b in blocks:
-        heads = sorted(range(shape.blocks[b].kv_heads), key=lambda u: float(scores.attention[b][u]))
-        cost = shape.head_cost(shape.blocks[b])
-        items += [(float(scores.attention[b][u]) / cost, b, "attention", [u], cost) for u in heads[:-1]]
-        order = sorted(range(shape.blocks[b].channels), key=lambda u: float(scores.mlp[b][u]))
-        for start in range(0, len(order) - 8, 8):
-            group = order[start : start + 8]
-            total = sum(float(scores.mlp[b][u]) for u in group)
-            items.append((total / (8 * shape.channel_cost()), b, "mlp", group, 8 * shape.channel_cost()))
-    gone: dict[tuple[int, str], set[int]] = {}
-    left_over = shape.parameters - target
-    for _, b, kind, group, cost in sorted(items):
-        if left_over <= 0:
-            break
-        gone.setdefault((b, kind), set()).update(group)
-        left_over -= cost
-    return gone
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_comparable_scores_are_ranked_per_parameter_over_all_blocks(seed: int) -> None:
-    shape = shaped(5, channels=32)
-    scores = random_scores(shape, seed, comparable=True)
-    scores = replace(scores, attention=tuple(4 * a for a in scores.attention))
-    for ratio in (0.05, 0.2, 0.35):
-        request = asked(shape, ratio, scores)
-        assert removed(RemoveUnits().plan(request)) == greedy(scores, shape, [1, 2, 3], request.budget.target)
-
-
-@pytest.mark.parametrize("comparable", [False, True])
-@pytest.mark.parametrize("channels", [16, 20, 30])
-def test_the_budget_is_met_within_one_item_with_floors_and_multiples(comparable: bool, channels: int) -> None:
-    shape = shaped(5, channels=channels)
-    strategy = RemoveUnits(min_heads=2, protect_first=1, protect_last=2)
-    rng = random.Random(0)
-    for seed in range(10):
-        ratio = rng.uniform(0.01, strategy.reach(shape) - 1e-6)
-        request = asked(shape, ratio, random_scores(shape, seed, comparable))
-        plan = strategy.plan(request)
-        assert request.budget.met(plan)
-        largest = max(shape.head_cost(shape.blocks[0]), 8 * shape.channel_cost())
-        assert plan.stored_parameters > request.budget.target - largest
-        assert [left(plan)[i] for i in (0, 3, 4)] == [0, 3, 4], "protected"
-        for block in plan.new_shape.blocks[1:3]:
-            assert block.kv_heads >= 2
-            assert block.channels == channels or (block.channels % 8 == 0 and block.channels >= 8)
-
-
-def test_global_removal_reaches_its_floors_and_not_more() -> None:
-    shape = shaped(5, channels=20)
-    strategy = RemoveUnits(min_heads=2, multiple=4)
-    reach = strategy.reach(shape)
-    plan = strategy.plan(asked(shape, reach - 1e-9, random_scores(shape)))
-    assert plan.ratio == pytest.approx(reach)
-    assert {(b.kv_heads, b.channels) for b in plan.new_shape.blocks[1:4]} == {(2, 4)}
-    with pytest.raises(OutOfReach, match=f"remove-units.*up to {reach:.4f}"):
-        strategy.plan(asked(shape, reach + 0.001))
-    with pytest.raises(FlexiError, match="belongs to mode uniform"):
-        replace(strategy, fraction=0.25).plan(asked(shape, 0.1))
-    with pytest.raises(FlexiError, match="protect_first"):
-        RemoveUnits(protect_first=3, protect_last=3).plan(asked(shape, 0.1))
-
-
-@pytest.mark.parametrize("min_heads", [1, 2])
-def test_a_block_that_scores_nothing_keeps_its_floors(min_heads: int) -> None:
-    shape = shaped(4, channels=20)
-    flat = random_scores(shape, comparable=True)
-    worthless = replace(
-        flat,
-        attention=tuple(a * (i != 1) for i, a in enumerate(flat.attention)),
-        mlp=tuple(m * (i != 1) for i, m in enumerate(flat.mlp)),
-    )
-    strategy = RemoveUnits(min_heads=min_heads)
-    plan = strategy.plan(asked(shape, strategy.reach(shape) * 0.7, worthless))
-    assert (plan.new_shape.blocks[1].kv_heads, plan.new_shape.blocks[1].channels) == (min_heads, 8)
-
-
-def by_llm_pruner(width: int, rows: int, fraction: float) -> int:
-    """How many groups of ``rows`` rows go: torch-pruning keeps int(rows x (1 - fraction)) rows, in whole groups."""
-    return (width * rows - int(width * rows * (1 - fraction))) // rows
-
-
-@pytest.mark.parametrize(("heads", "channels"), [(4, 16), (3, 20), (5, 11)])
-@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.3, 0.5])
-def test_uniform_removal_has_llm_pruners_counts(heads: int, channels: int, fraction: float) -> None:
-    shape = shaped(5, heads=heads, channels=channels)
-    scores = random_scores(shape)
-    strategy = RemoveUnits(mode="uniform", fraction=fraction, first=1, last=3)
-    plan = strategy.plan(asked(shape, 0.99, scores))
-    for b in range(5):
-        for kind, values, rows in (("attention", scores.attention[b], 2), ("mlp", scores.mlp[b], 1)):
-            count = by_llm_pruner(len(values), rows, fraction) if 1 <= b <= 3 else 0
-            assert removed(plan).get((b, kind), set()) == set(values.argsort()[:count].tolist())
-    rounded = heads * fraction != int(heads * fraction)
-    assert any("KV heads" in n for n in plan.origin.get("notes", ())) == rounded
-
-
-def test_three_heads_and_a_quarter_is_none_and_is_said() -> None:
-    shape = shaped(3, heads=3, head_dim=4)
-    plan = RemoveUnits(mode="uniform", fraction=0.25).plan(asked(shape, 0.1))
-    assert removed(plan) == {(1, "mlp"): {12, 13, 14, 15}}, "of equal units the later go"
-    assert plan.origin["notes"] == ["a fraction of 0.25 of 3 KV heads became 0 a block"]
-
-
-@pytest.mark.parametrize("ratio", [0.05, 0.2, 0.4])
-def test_a_uniform_ratio_is_the_smallest_fraction_that_meets_it(ratio: float) -> None:
-    shape = shaped(5, channels=40)
-    strategy, scores = RemoveUnits(mode="uniform"), random_scores(shape)
-    found = strategy.plan(asked(shape, ratio, scores))
-    plans = (replace(strategy, fraction=f / 1000).plan(asked(shape, ratio, scores)) for f in range(1, 1000))
-    assert found == next(p for p in plans if Budget(shape.parameters, ratio).met(p))
-
-
-@pytest.mark.parametrize("min_heads", [0, 1, 3])
-def test_uniform_removal_reaches_what_it_says(min_heads: int) -> None:
-    shape = shaped(5, channels=40)
-    strategy = RemoveUnits(mode="uniform", min_heads=min_heads)
-    reach = strategy.reach(shape)
-    plan = strategy.plan(asked(shape, reach - 1e-9))
-    assert plan.ratio == pytest.approx(reach)
-    assert {(b.kv_heads, b.channels) for b in plan.new_shape.blocks[1:4]} == {(1, 1)}
-    with pytest.raises(OutOfReach, match=f"up to {reach:.4f}"):
-        strategy.plan(asked(shape, reach + 0.001))
-    with pytest.raises(FlexiError, match="fraction between 0 and 1"):
-        replace(strategy, fraction=1.0).plan(asked(shape, 0.1))
-
-
-# -------------------------------------------------------------------------------------------- share-lora
-
-
-def truncated(matrix: Tensor, rank: int) -> Tensor:
-    """Return the best rank-r approximation."""
-    u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+def rank_r(weight: Tensor, rank: int) -> Tensor:
+    """The best approximation of this rank."""
+    u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
     return (u[:, :rank] * s[:rank]) @ vh[:rank]
 
 
-def distance(own: Mapping[str, Tensor], donor: Mapping[str, Tensor], rank: int) -> float:
-    """Return d of the paper, summed over the maps, with every reconstruction made explicitly."""
-    total = 0.0
-    for role, weight in own.items():
-        mine, theirs = truncated(weight, rank), truncated(donor[role], rank)
-        total += float(torch.linalg.norm(mine - (theirs + truncated(mine - theirs, rank))))
-    return total
+def distance_by_hand(own: Tensor, donor: Tensor, rank: int) -> float:
+    """d = || W^_i - (W^_j + D) ||, D the best rank-r approximation of W^_i - W^_j."""
+    a, b = rank_r(own, rank), rank_r(donor, rank)
+    return float((a - (b + rank_r(a - b, rank))).norm())
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3, 5])
-@pytest.mark.parametrize("seed", range(3))
-def test_the_donor_is_the_nearest_unpruned_block(rank: int, seed: int) -> None:
-    shape = shaped(6, hidden=12)
-    weights = HandWeights(shape, seed)
-    scores = scored(shape, [3.0, 0.0, 5.0, 1.0, 4.0, 2.0])
-    plan = ShareLora(blocks=3, rank=rank).plan(asked(shape, 0.1, scores, weights=weights))
-    assert [i for i, r in enumerate(plan.blocks) if r.shares is not None] == [1, 3, 5]
-    for i, j in itertools.product((1, 3, 5), range(6)):
-        direct = distance(weights.block(i), weights.block(j), rank)
-        assert block_distance(i, j, rank, weights) == pytest.approx(direct, rel=1e-4, abs=1e-4)
-    for i in (1, 3, 5):
-        donor = min((0, 2, 4), key=lambda j: distance(weights.block(i), weights.block(j), rank))
-        recipe = BlockRecipe(parts=(Part(i),), shares=donor, rank=rank, output_norm=True)
-        assert plan.blocks[i] == recipe, "a pruned block is never a donor, however near"
+@pytest.mark.parametrize("rank", [1, 3, 8, 20, 40])
+def test_the_distance_is_the_papers(rank):
+    checkpoint = opened(tiny())
+    for block, donor in ((0, 1), (3, 2)):
+        expected = 0.0
+        for role, weight in checkpoint.block(block).items():
+            one = distance_by_hand(weight, checkpoint.block(donor)[role], rank)
+            pair = [share_lora.factors(checkpoint, b, role, rank) for b in (block, donor)]
+            assert share_lora.tail_energy(*pair, rank) == pytest.approx(one, rel=1e-4, abs=1e-4)
+            expected += one
+        assert share_lora.block_distance(block, donor, rank, checkpoint) == pytest.approx(expected, rel=1e-4, abs=1e-3)
 
 
-def test_a_block_that_differs_by_little_is_the_donor() -> None:
-    shape = shaped(4)
-    weights = HandWeights(shape)
-    copied = {0: weights.block(2), 1: weights.block(1), 2: weights.block(2), 3: weights.block(0)}
-    weights.block = lambda index: copied[index]  # type: ignore[method-assign]
-    plan = ShareLora(blocks=1, rank=2).plan(asked(shape, 0.1, scored(shape, [0.0, 1.0, 1.0, 1.0]), weights=weights))
-    assert plan.blocks[0].shares == 2
-    pair = ShareLora(blocks=2, rank=2).plan(asked(shape, 0.1, scored(shape, [0.0, 1.0, 0.5, 1.0]), weights=weights))
-    assert pair.blocks[0].shares in (1, 3)
+@pytest.mark.parametrize("kind", ["llama", "qwen2-mixed"])
+def test_donors_are_the_nearest_unpruned_blocks_of_their_kind(kind):
+    checkpoint = opened(tiny(kind, num_hidden_layers=5))
+    shape = checkpoint.shape
+    scores = replace(random_scores(shape), block=torch.tensor([5.0, 0.1, 0.3, 4.0, 0.2]))
+    plan = ShareLora(blocks=3).plan(request_of(shape, scores=scores, weights=checkpoint))
+    gone = [i for i, r in enumerate(plan.blocks) if r.shares is not None]
+    assert gone == [1, 2, 4]
+    rank = 2  # hidden / 16, the paper's 256 at 4096
+    for block in gone:
+        distances = {
+            j: sum(distance_by_hand(w, checkpoint.block(j)[r], rank) for r, w in checkpoint.block(block).items())
+            for j in (0, 3)
+            if shape.blocks[j] == shape.blocks[block]
+        }
+        assert plan.blocks[block].shares == min(distances, key=distances.__getitem__)
+        assert plan.blocks[block].parts == (Part(block),)
+        assert (plan.blocks[block].rank, plan.blocks[block].output_norm) == (rank, True)
 
 
-def test_adapters_are_the_truncated_difference_and_gains_are_constant() -> None:
-    shape = shaped(4)
-    weights = HandWeights(shape)
-    strategy = ShareLora(blocks=2, rank=2, output_gain=0.03)
-    plan = strategy.plan(asked(shape, 0.1, random_scores(shape), weights=weights))
-    made = strategy.tensors(plan, weights)
-    assert {n.split(".")[1] for n in made} == {str(i) for i, r in enumerate(plan.blocks) if r.shares is not None}
-    for i, recipe in enumerate(plan.blocks):
-        if recipe.shares is None:
-            continue
-        donor = weights.block(recipe.shares)
-        for role, weight in weights.block(i).items():
-            a, b = made[f"blocks.{i}.{role}.lora_a"], made[f"blocks.{i}.{role}.lora_b"]
-            assert a.shape == (len(weight), 2)
-            torch.testing.assert_close((a @ b).double(), truncated(weight - donor[role], 2), rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(b @ b.T, torch.eye(2), msg="the singular values are all in A")
-        for part in ("attention", "mlp"):
-            assert made[f"blocks.{i}.{part}.output_norm"].tolist() == pytest.approx([0.03] * shape.hidden)
+def test_of_every_kind_of_block_a_donor_stays():
+    checkpoint = opened(tiny("qwen2-mixed"))  # full, sliding, full, sliding, full
+    shape = checkpoint.shape
+    scores = replace(random_scores(shape), block=torch.tensor([9.0, 0.1, 8.0, 0.2, 7.0]))
+    plan = ShareLora(blocks=2).plan(request_of(shape, scores=scores, weights=checkpoint))
+    assert [r.shares for r in plan.blocks] == [None, 3, None, None, plan.blocks[4].shares]
+    assert plan.blocks[4].shares in (0, 2)
+    with pytest.raises(FlexiError, match=r"share-lora: blocks = 4, expected 1\.\.3 on this model"):
+        ShareLora(blocks=4).plan(request_of(shape, scores=scores, weights=checkpoint))
+    assert ShareLora(rank=1).reach(shape) > 0
+    assert count_only(shape, ShareLora(blocks=3), 0.5).stored_parameters < shape.parameters
 
 
-def test_full_rank_adapters_give_the_own_weights_back() -> None:
-    shape = shaped(3)
-    weights = HandWeights(shape)
-    plan = PruningPlan.identity(shape)
-    shared = BlockRecipe(parts=(Part(1),), shares=2, rank=100, output_norm=True)
-    plan = PruningPlan(shape, (plan.blocks[0], shared, plan.blocks[2]))
-    made = ShareLora().tensors(plan, weights)
-    for role, own in weights.block(1).items():
-        sum_ = weights.block(2)[role] + made[f"blocks.1.{role}.lora_a"] @ made[f"blocks.1.{role}.lora_b"]
-        torch.testing.assert_close(sum_, own, rtol=1e-4, atol=1e-5)
-    assert ShareLora().tensors(PruningPlan.identity(shape), weights) == {}
+def test_protected_blocks_are_not_replaced():
+    scores = replace(random_scores(shape_of()), block=torch.arange(8.0))
+    plan = count_only(shape_of(), ShareLora(blocks=2, protect_first=2, protect_last=3), 0.5)
+    assert [i for i, r in enumerate(plan.blocks) if r.shares is not None] == [3, 4]
+    with pytest.raises(FlexiError, match=r"blocks = 4, expected 1\.\.3"):
+        ShareLora(blocks=4, protect_first=2, protect_last=3).plan(request_of(shape_of(), scores=scores, weights=None))
 
 
-def test_as_few_blocks_are_shared_as_the_ratio_needs() -> None:
-    shape = shaped(6, channels=64, hidden=16)
-    strategy = ShareLora(rank=1)
-    block = shape.blocks[0]
-    adapters = sum(r + c for r, c in shape.maps(block).values()) + 2 * shape.hidden
-    saved = (sum(r * c for r, c in shape.maps(block).values()) - adapters) / shape.parameters
-    assert strategy.reach(shape) == pytest.approx(5 * saved)
-    scores = scored(shape, [0.0, 3.0, 1.0, 5.0, 2.0, 4.0])
-    for count, order in ((1, [0]), (2, [0, 2]), (3, [0, 2, 4]), (5, [0, 1, 2, 4, 5])):
-        for asked_for in (count - 0.5, count - 1e-6):
-            plan = strategy.plan(asked(shape, asked_for * saved, scores))
-            assert [i for i, r in enumerate(plan.blocks) if r.shares is not None] == order
-            assert plan.ratio == pytest.approx(count * saved)
-    protected = replace(strategy, protect_first=1, protect_last=2)
-    assert protected.reach(shape) == pytest.approx(3 * saved)
-    plan = protected.plan(asked(shape, 1.9 * saved, scores))
-    assert [i for i, r in enumerate(plan.blocks) if r.shares is not None] == [1, 2], "of blocks 1, 2, 3"
-    with pytest.raises(OutOfReach, match=f"share-lora.*up to {5 * saved:.4f}"):
-        strategy.plan(asked(shape, 5 * saved + 0.01, scores))
-    with pytest.raises(FlexiError, match=r"blocks = 6, expected 1\.\.5"):
-        replace(strategy, blocks=6).plan(asked(shape, 0.1, scores))
+def test_adapters_are_the_truncated_svd_of_the_whole_difference():
+    checkpoint = opened(tiny())
+    plan = sharing(checkpoint.shape, {3: 1}, rank=5)
+    made = ShareLora(output_gain=0.25).tensors(plan, checkpoint)
+    for role, weight in checkpoint.block(3).items():
+        difference = weight - checkpoint.block(1)[role]
+        a, b = made[f"blocks.3.{role}.lora_a"], made[f"blocks.3.{role}.lora_b"]
+        assert close((a @ b).double(), rank_r(difference, 5), 1e-5)
+        assert close(b @ b.T, torch.eye(5), 1e-5)  # the singular values are all on A
+        singular = torch.linalg.svdvals(difference)[:5]
+        assert close(a.norm(dim=0), singular, 1e-5)
+    for part in ("attention", "mlp"):
+        assert made[f"blocks.3.{part}.output_norm"].tolist() == [0.25] * 32
+    assert len(made) == 16
 
 
-def test_the_number_of_blocks_takes_the_place_of_the_ratio() -> None:
-    shape = shaped(5)
-    scores = scored(shape, [2.0, 0.0, 1.0, 3.0, 4.0])
-    for ratio in (0.0001, 0.9999):
-        shared = ShareLora(blocks=2).plan(asked(shape, ratio, scores))
-        assert [r.shares is None for r in shared.blocks] == [True, False, False, True, True]
-        assert left(RemoveBlocks(blocks=2).plan(asked(shape, ratio, scores))) == [0, 3, 4]
+def test_with_full_rank_the_replaced_block_is_itself():
+    model, ids = tiny("qwen3-biases"), tokens()
+    checkpoint = opened(model)
+    plan = sharing(checkpoint.shape, {3: 1, 0: 4}, rank=64)
+    plan = replace(plan, blocks=tuple(replace(r, output_norm=False) for r in plan.blocks))
+    made = ShareLora().tensors(plan, checkpoint)
+    made = {n: t for n, t in made.items() if "output_norm" not in n}
+    found = built(with_digests(plan, made), model, made)
+    assert isinstance(found, FlexiForCausalLM)
+    for block in (0, 3):
+        for role, weight in checkpoint.block(block).items():
+            assert close(found.model.layers[block].get_submodule(checkpoint.family.ROLES[role]).weight, weight, 1e-5)
+    assert close(logits(found, ids), logits(model, ids), 1e-4)
 
 
-def test_of_every_kind_of_block_one_stays_as_a_donor() -> None:
-    shape = shaped(5)
-    sliding = replace(shape.blocks[0], attention_type="sliding_attention")
-    mixed = replace(shape, blocks=(shape.blocks[0], sliding, shape.blocks[0], sliding, shape.blocks[0]))
-    scores = scored(mixed, [0.0, 1.0, 2.0, 3.0, 4.0])
-    plan = ShareLora(blocks=3, rank=1).plan(asked(mixed, 0.1, scores))
-    assert [r.shares for r in plan.blocks] == [4, 3, 4, None, None]
-    with pytest.raises(FlexiError, match=r"expected 1\.\.3"):
-        ShareLora(blocks=4, rank=1).plan(asked(mixed, 0.1, scores))
+def test_rank_zero_shares_without_adapters():
+    model = tiny()
+    plan = sharing(opened(model).shape, {3: 1}, rank=0)
+    made = ShareLora().tensors(plan, opened(model))
+    assert sorted(made) == ["blocks.3.attention.output_norm", "blocks.3.mlp.output_norm"]
+    assert logits(built(with_digests(plan, made), model, made), tokens()).isfinite().all()
 
 
-def test_a_rank_that_saves_nothing_reaches_nothing() -> None:
-    strategy = ShareLora(rank=8)
-    assert strategy.reach(shaped()) < 0
-    with pytest.raises(OutOfReach):
-        strategy.plan(asked(shaped(), 0.1))
+def test_factorisations_are_made_once(monkeypatch):
+    checkpoint, made = opened(tiny()), []
+    original = torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: made.append(1) or original(*a, **k))
+    for seed in range(3):
+        ShareLora(blocks=2).plan(
+            request_of(checkpoint.shape, scores=random_scores(checkpoint.shape, seed), weights=checkpoint)
+        )
+    assert len(made) <= 5 * 7
+
+
+# ---------------------------------------------------------------------------------------- reach
+
+
+STRATEGIES = [
+    ShareLora(),
+    ConcatMerge(),
+    ConcatMerge(repeat=True),
+    RemoveBlocks(),
+    RemoveBlocks(progressive=True, protect_first=1, protect_last=2),
+    RemoveUnits(),
+    RemoveUnits(min_heads=2, multiple=4),
+]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=repr)
+def test_the_declared_reach_is_reached_and_no_more(strategy):
+    shape = shape_of(9)
+    reach = strategy.reach(shape)
+    assert 0 < reach < 1
+    assert count_only(shape, strategy, reach - 1e-9).ratio >= reach - 1e-9
+    for ratio in (reach + 1e-4, 0.0, 1.0, -0.5, 1.5):
+        with pytest.raises(OutOfReach, match=f"up to {reach:.4f}"):
+            count_only(shape, strategy, ratio)
+        with pytest.raises(OutOfReach, match=f"up to {reach:.4f}"):
+            strategy.plan(request_of(shape, ratio))
+
+
+def test_budget_helpers():
+    budget = Budget(1000, 0.25)
+    assert budget.target == 750
+    check_reach("me", budget, 0.25)
+    with pytest.raises(
+        OutOfReach, match=r"me: ratio 0\.25 is out of reach on this model; it reaches ratios up to 0\.2000"
+    ):
+        check_reach("me", budget, 0.2)
+    with pytest.raises(OutOfReach, match="me: ratio 1 is not between 0 and 1"):
+        check_reach("me", Budget(1000, 1.0), 0.2)
+    assert lowest(torch.tensor([2.0, 1.0, 1.0, 0.0]), 2, [0, 1, 2]) == [1, 2]
+    assert lowest(torch.tensor([2.0, 1.0, 1.0, 0.0]), 1, [0, 1, 2]) == [2]
+    shape = shape_of()
+    assert smallest(7, lambda n: PruningPlan.keep(shape, range(n, 8)), Budget(shape.parameters, 0.2), "me") == 2
+    with pytest.raises(OutOfReach, match="it reaches ratios up to"):
+        smallest(1, lambda n: PruningPlan.keep(shape, range(n, 8)), Budget(shape.parameters, 0.9), "me")
+
+
+# ---------------------------------------------------------------------------------------- all together
+
+
+@pytest.fixture(scope="module")
+def shared_pruner(pruner_of):
+    return pruner_of(tiny("llama", num_hidden_layers=6))
+
+
+@pytest.mark.parametrize("strategy", ["share-lora", "concat-merge", "remove-blocks", "remove-units"])
+@pytest.mark.parametrize("metric", ["flexigpt", "saap", "come"])
+def test_every_metric_with_every_strategy(metric, strategy, shared_pruner):
+    plan = shared_pruner.plan(metric, strategy, 0.2)
+    assert plan.ratio >= 0.2
+    assert plan == shared_pruner.plan(metric, strategy, 0.2)
+    planned = shared_pruner.attach(plan)
+    model = shared_pruner.model(planned)
+    assert sum(p.numel() for p in model.parameters()) == planned.plan.stored_parameters == plan.stored_parameters
+    assert logits(model, WINDOWS).isfinite().all()
+    assert (plan.origin["metric"], plan.origin["strategy"], plan.origin["ratio"]) == (metric, strategy, 0.2)
+    loss = shared_pruner.calibrator.losses([planned])[0]
+    every = logits(model, WINDOWS)
+    assert loss == pytest.approx(
+        float(F.cross_entropy(every[:, :-1].flatten(0, 1), WINDOWS[:, 1:].flatten())), rel=1e-4
+    )
+
+
+def test_gains_start_constant_and_small_ones_nearly_skip_the_block(shared_pruner):
+    """The paper's reason for the gain: close to zero, a replaced block starts as if it had been removed."""
+    plan = shared_pruner.plan("flexigpt", ShareLora(blocks=2, output_gain=1e-6), 0.5)
+    kept = [i for i, r in enumerate(plan.blocks) if r.shares is None]
+    removed = shared_pruner.model(PruningPlan.keep(plan.shape, kept))
+    assert close(logits(shared_pruner.model(plan), WINDOWS), logits(removed, WINDOWS), 1e-3)
+
+
+def test_quality_runs_plans_of_the_original_model(shared_pruner):
+    shape = shared_pruner.checkpoint.shape
+    plans = [PruningPlan.identity(shape), PruningPlan.keep(shape, [0, 1, 5])]
+    found = shared_pruner._quality(plans)
+    assert found == shared_pruner.calibrator.losses([shared_pruner.attach(p) for p in plans])
+    with pytest.raises(FlexiError, match="quality: unknown measure 'nothing'"):
+        shared_pruner._quality(plans, "nothing")
+
+
+def test_a_plan_that_needs_adapters_says_who_makes_them(shared_pruner):
+    with pytest.raises(FlexiError, match="neither has them attached nor says which strategy makes them"):
+        shared_pruner.attach(sharing(shared_pruner.checkpoint.shape, {3: 1}))

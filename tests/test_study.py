@@ -614,6 +614,23 @@ def test_an_evaluator_that_breaks_spoils_what_it_did_not_measure(
     assert again[0] == records[0]
 
 
+@dataclass(frozen=True)
+class Mute(Judge):
+    """One that gives nothing at all."""
+
+    name: ClassVar[str] = "mute"
+
+    def evaluate(self, request: Any) -> Any:
+        return None
+
+
+def test_an_evaluator_that_gives_nothing_fails_all_cells_and_no_more(model: Path, text: Path, tmp_path: Path) -> None:
+    file = make_study(tmp_path / "s.toml", model, text, end=JUDGE.replace("judge", "mute"))
+    records = run_study(file, tmp_path / "run", plugins_with(evaluators=[Mute()]))
+    assert {r.reason for r in records} == {"mute: TypeError: 'NoneType' object is not iterable"}
+    assert all(r.measurements for r in records)
+
+
 def test_an_evaluator_may_come_twice_with_other_options(model: Path, text: Path, tmp_path: Path) -> None:
     end = f'[[evaluation]]\nevaluator = "perplexity"\ncorpus = "file:{text}"\nwindow = 32\ntokens = 64\n'
     [record, _] = run_study(make_study(tmp_path / "s.toml", model, text, end=end), tmp_path / "run")

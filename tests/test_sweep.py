@@ -21,7 +21,7 @@ from flexi_plugins.execution.backward import backward_sweep
 from flexi_plugins.execution.blocks import Blocks
 from flexi_plugins.execution.likelihoods import NoJournal, as_batch, group_requests, likelihoods
 from flexi_plugins.execution.sweep import Batch, Planned, Prefixes, Sweeper, count_blocks
-from flexi_plugins.rewrite import build_model
+from flexi_plugins.rewrite import build_model, with_digests
 
 VOCABULARY = 61
 KINDS = ["llama-biases", "mistral", "qwen2-mixed", "qwen3"]
@@ -197,8 +197,6 @@ def test_a_plan_that_breaks_down_takes_nobody_along():
     planned = zoo(checkpoint.shape)
     _, attached = attached_for(sharing(checkpoint.shape, {3: 1}))
     attached["blocks.3.down.lora_a"][0, 0] = math.nan
-    from flexi_plugins.rewrite import with_digests
-
     broken = Planned(with_digests(sharing(checkpoint.shape, {3: 1}), attached), attached)
     found = swept(Sweeper(Blocks(checkpoint)), [*planned[:3], broken, *planned[3:]], ids, positions)
     expected = swept(Sweeper(Blocks(checkpoint)), planned, ids, positions)
