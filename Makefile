@@ -2,6 +2,7 @@
 #   make demo                  install, fetch the default model, run the demo study, print its leaderboard
 #   make test                  everything that CI runs
 #   make publish STUDY=NAME    copy the finished records of runs/NAME and their reports to results/NAME
+#   make readme                put the published leaderboard into README.md
 #   make lint                  ruff and mypy
 #   make clean                 remove the virtual environment and build leftovers (runs/ stays)
 
@@ -13,7 +14,7 @@ INSTALLED := $(VENV)/installed
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint publish install clean
+.PHONY: demo test lint publish readme install clean
 .DEFAULT_GOAL := demo
 
 install: $(INSTALLED)
@@ -39,6 +40,9 @@ lint: $(INSTALLED)
 
 publish: $(INSTALLED)
 	$(BIN)/flexi report runs/$(STUDY) --publish results/$(STUDY)
+
+readme: $(INSTALLED)
+	$(BIN)/flexi report results/demo --into README.md
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -232,14 +232,20 @@ def report(
     publish_to: Annotated[
         Path | None, typer.Option("--publish", help="Copy finished records and reports there.")
     ] = None,
+    into: Annotated[
+        Path | None, typer.Option("--into", help="Markdown page to put the tables in, between its leaderboard marks.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write the leaderboard of a study again from its records, or publish it.
 
     \b
     Example: flexi report runs/demo --publish results/demo
+
+    \b
+    Example: flexi report results/demo --into README.md
     """
-    from flexi_plugins.report import publish, write_reports
+    from flexi_plugins.report import insert_leaderboard, publish, write_reports
     from flexi_plugins.store import Store
 
     plugins = _plugins()
@@ -251,6 +257,8 @@ def report(
         typer.echo(problem, err=True)
     title = folder.resolve().name
     files = publish(plugins, folder, publish_to) if publish_to else write_reports(plugins, records, folder, title)
+    if into:
+        insert_leaderboard(next(f for f in files if f.suffix == ".md"), into)
     if as_json:
         _print_json({"records": [r.to_json() for r in records], "files": [str(f) for f in files]})
     else:

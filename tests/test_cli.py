@@ -55,7 +55,7 @@ OPTIONS = {  # a change here is a change of what users have written in their scr
         "--json",
         "--help",
     },
-    "report": {"FOLDER", "--publish", "--json", "--help"},
+    "report": {"FOLDER", "--publish", "--into", "--json", "--help"},
     "list": {"--json", "--help"},
     "check": {"STUDIES", "--json", "--help"},
 }
@@ -455,6 +455,17 @@ def test_a_study_runs_from_the_command_line(flexi: Flexi, model: Path, text: Pat
     report = flexi("report", folder, "--json").json
     assert [r["cell"] for r in report["records"]] == [r["cell"] for r in reversed(second.json)]
     assert (folder / "LEADERBOARD.md").is_file()
+    page = tmp_path / "README.md"
+    page.write_text("before\n<!-- leaderboard -->\nold\n<!-- /leaderboard -->\nafter\n")
+    assert flexi("report", folder, "--into", page).status == 0
+    assert "old" not in page.read_text()
+    assert "**dense**" in page.read_text()
+    assert page.read_text().startswith("before\n")
+    assert page.read_text().endswith("after\n")
+    page.write_text("no marks")
+    refused = flexi("report", folder, "--into", page)
+    assert refused.status == 2
+    assert "<!-- leaderboard -->" in refused.err
     published = flexi("report", folder, "--publish", tmp_path / "published")
     assert published.out.splitlines() == [
         str(tmp_path / "published" / n) for n in ("LEADERBOARD.csv", "LEADERBOARD.md", "pareto.svg")
