@@ -267,7 +267,18 @@ def _write_shard(folder: Path, number: int, shard: dict[str, Tensor]) -> None:
     unshared = {
         n: t.clone() if t.untyped_storage().nbytes() != t.numel() * t.element_size() else t for n, t in shard.items()
     }
-    save_file(unshared, folder / f"shard-{number}", metadata={"format": "pt"})
+    save_file(copy_repeated(unshared), folder / f"shard-{number}", metadata={"format": "pt"})
+
+
+def copy_repeated(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors, with a copy for each that shares memory with one before it (a block that is there twice)."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        place = tensor.data_ptr()
+        result[name] = tensor.clone() if place in seen and tensor.numel() else tensor
+        seen.add(place)
+    return result
 
 
 def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:

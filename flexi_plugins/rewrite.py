@@ -13,7 +13,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedConfig
 
-from flexi_plugins.checkpoint import Checkpoint, new_folder, write_tensors
+from flexi_plugins.checkpoint import Checkpoint, copy_repeated, new_folder, write_tensors
 from flexi_plugins.data import BlockRecipe, Family, PruningPlan, Weighted
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.modeling import FlexiConfig, FlexiForCausalLM, resized_config
@@ -227,6 +227,7 @@ def build_model(
         make = FlexiForCausalLM if isinstance(config, FlexiConfig) else AutoModelForCausalLM.from_config
         model = make(config)
     state = {n: t if dtype is None else t.to(dtype) for n, t in state_dict(plan, checkpoint, attached or {})}
+    state = copy_repeated(state)
     if checkpoint.shape.tied:
         state[f"{checkpoint.family.head}.weight"] = state[checkpoint.outer_names()[0]]
     model.load_state_dict(state, strict=True, assign=True)

@@ -37,7 +37,7 @@ from flexi_plugins.checkpoint import INDEX, Checkpoint, write_tensors
 from flexi_plugins.data import BlockRecipe, Part, PruningPlan
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.modeling import FlexiForCausalLM
-from flexi_plugins.rewrite import build_model, plain_reason, state_dict, write_checkpoint
+from flexi_plugins.rewrite import PlanWeights, build_model, plain_reason, read_attached, state_dict, write_checkpoint
 
 logging.disable_progress_bar()
 
@@ -209,6 +209,17 @@ def test_removed_and_repeated_blocks(kind):
         assert found.config.num_hidden_layers == len(order)
 
 
+def test_a_block_that_is_there_twice_has_weights_of_its_own(tmp_path):
+    model, ids = tiny(), tokens()
+    plan = PruningPlan.keep(opened(model).shape, [0, 1, 1, 2])
+    found = built(plan, model)
+    write_checkpoint(plan, opened(model), None, tmp_path / "x")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "x"), ids), logits(found, ids))
+    first, second = found.model.layers[1:3]
+    assert torch.equal(first.mlp.up_proj.weight, second.mlp.up_proj.weight)
+    assert first.mlp.up_proj.weight.data_ptr() != second.mlp.up_proj.weight.data_ptr()
+
+
 def test_a_concat_merge_by_hand():
     model, ids = tiny("qwen2"), tokens()
     shape = opened(model).shape
@@ -311,6 +322,27 @@ def test_missing_adapters_are_an_error():
     plan = sharing(opened(model).shape, {3: 1})
     with pytest.raises(FlexiError, match=r"16 attached tensors are missing \(blocks.3.query.lora_a"):
         built(plan, model)
+
+
+@pytest.mark.parametrize("kind", ["llama-biases", "qwen2"])
+def test_the_weights_that_metrics_see_are_those_of_the_plans_model(kind):
+    model = tiny(kind)
+    checkpoint = opened(model)
+    mixed = change(PruningPlan.identity(checkpoint.shape), {1: BlockRecipe(mix=((1, 0.25), (3, 0.75)))})
+    for plan, attached in (everything(checkpoint.shape), (merged(checkpoint.shape), {}), (mixed, {})):
+        found, weights = build_model(plan, checkpoint, attached), PlanWeights(plan, checkpoint, attached)
+        for index, block in enumerate(plan.new_shape.blocks):
+            assert weights.block(index).keys() == plan.shape.maps(block).keys()
+            for role, weight in weights.block(index).items():
+                layer = found.model.layers[index].get_submodule(checkpoint.family.ROLES[role])
+                assert torch.equal(weight, layer.weight)
+
+
+def test_what_is_cached_belongs_to_one_plan():
+    checkpoint = opened(tiny())
+    whole, cut = PruningPlan.identity(checkpoint.shape), PruningPlan.keep(checkpoint.shape, [0, 1])
+    made = [PlanWeights(p, checkpoint, {}).cached("x", object) for p in (whole, whole, cut)]
+    assert made[0] is made[1] is not made[2]
 
 
 def test_another_dtype():
@@ -481,6 +513,19 @@ def test_attached_tensors_lie_beside_the_plan(tmp_path):
     beside = load_file(tmp_path / "x" / "plan.safetensors")
     assert {n for n, _ in plan.tensors} == set(beside)
     assert all(torch.equal(t, everything(plan.shape)[1][n]) for n, t in beside.items())
+
+
+def test_tensors_beside_a_plan_are_those_it_was_saved_with(tmp_path):
+    plan, _ = write("llama", tmp_path / "x", everything)
+    file = tmp_path / "x" / "plan.safetensors"
+    tensors = read_attached(plan, file)
+    assert all(torch.equal(t, everything(plan.shape)[1][n]) for n, t in tensors.items())
+    save_file({**tensors, "blocks.2.down.lora_a": 2 * tensors["blocks.2.down.lora_a"]}, file)
+    with pytest.raises(FlexiError, match=r"holds other tensors than the plan was saved with: blocks\.2\.down\.lora_a"):
+        read_attached(plan, file)
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(FlexiError, match=f"cannot read its tensors in {file}"):
+        read_attached(plan, file)
 
 
 def test_shards_hold_the_same_as_one_file(tmp_path):

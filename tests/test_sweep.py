@@ -213,6 +213,12 @@ def test_attached_tensors_without_digests_are_refused():
         Planned(plan, attached)
 
 
+def test_a_plan_without_its_adapters_is_refused():
+    checkpoint = opened(tiny())
+    with pytest.raises(FlexiError, match="16 attached tensors are missing"):
+        swept(Sweeper(Blocks(checkpoint)), [Planned(sharing(checkpoint.shape, {3: 1}))], tokens(1, 5), [(0, 2)])
+
+
 def test_forgotten_blocks_are_built_again():
     checkpoint, ids, positions = opened(tiny()), tokens(2, 6), [(0, 2)]
     planned = zoo(checkpoint.shape)
