@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -144,10 +145,10 @@ def _units(rng: random.Random, width: int) -> tuple[int, ...] | None:
 def random_plan(shape: ModelShape, rng: random.Random, closed: bool = True) -> PruningPlan:
     """Return a random valid plan: removal, width, merges, mixes, norms and gains.
 
-    closed: only what composes with any earlier closed plan of uniform blocks (no mix of a narrowed block).
+    closed: without mixes of blocks, whose units no later plan could take.
     """
     kept = sorted(rng.sample(range(len(shape.blocks)), rng.randint(min(2, len(shape.blocks)), len(shape.blocks))))
-    recipes, gains = [], 0
+    recipes = []
     while kept:
         first = kept.pop(0)
         second = kept[0] if kept else None
@@ -156,9 +157,8 @@ def random_plan(shape: ModelShape, rng: random.Random, closed: bool = True) -> P
             kept.pop(0)
         recipes.append(recipe)
     if rng.random() < 0.3 and not any(len(r.sources) > 1 for r in recipes):
-        gains = rng.randrange(len(recipes))
-        old = recipes[gains]
-        recipes[gains] = BlockRecipe(old.parts, old.mix, old.norms, gain=rng.choice([0.5, 1.5]))
+        position = rng.randrange(len(recipes))
+        recipes[position] = replace(recipes[position], gain=rng.choice([0.5, 1.5]))
     return PruningPlan(shape, tuple(recipes))
 
 
