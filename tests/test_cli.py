@@ -20,7 +20,7 @@ import torch
 import typer.main
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from studies import make_model, make_study, make_text
+from studies import make_model, make_study
 from transformers import AutoModelForCausalLM
 
 from flexi_plugins import cli
@@ -95,16 +95,6 @@ def flexi(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
         return Said(status, *capsys.readouterr())
 
     return run
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 # ------------------------------------------------------------------------------------------------- the contract

@@ -35,16 +35,6 @@ from flexi_plugins.store import Journal, Store
 from flexi_plugins.strategies.remove_blocks import RemoveBlocks
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_text(tmp_path_factory.mktemp("text") / "text.txt")
-
-
 @dataclass
 class Grid:
     """A study that ran from beginning to end."""

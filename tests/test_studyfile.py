@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from studies import STRATEGIES, make_model, make_study, make_text, plugins_with, run_study
+from studies import STRATEGIES, make_study, plugins_with, run_study
 
 from flexi_plugins.corpora import hub
 from flexi_plugins.data import Scores
@@ -19,16 +19,6 @@ from flexi_plugins.errors import FlexiError
 from flexi_plugins.plugins import Plugins
 from flexi_plugins.pruner import Pruner
 from flexi_plugins.studyfile import StudyFile, read_study
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 def fails(*_: Any, **__: Any) -> Any:
