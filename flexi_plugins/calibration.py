@@ -15,7 +15,8 @@ from flexi_plugins.data import PruningPlan, Statistics
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.execution.backward import backward_sweep
 from flexi_plugins.execution.blocks import Blocks
-from flexi_plugins.execution.sweep import Batch, Planned, Sweeper
+from flexi_plugins.execution.readout import Batch
+from flexi_plugins.execution.sweep import Planned, Sweeper
 from flexi_plugins.hookspecs import BlockTrace, GradientTrace, Statistic
 
 Sums = dict[str, Tensor]
@@ -28,10 +29,16 @@ class Calibrator:
     """
 
     def __init__(
-        self, blocks: Blocks, windows: Tensor, samples: Tensor, known: Mapping[str, Statistic], rows: int = 4
+        self,
+        blocks: Blocks,
+        windows: Tensor,
+        samples: Tensor,
+        known: Mapping[str, Statistic],
+        rows: int = 4,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.blocks = blocks
-        self.sweeper = Sweeper(blocks)
+        self.sweeper = Sweeper(blocks, say)
         self.samples = samples
         self.known = known
         self.batches = [Batch(ids) for ids in windows.split(rows)]
@@ -56,13 +63,17 @@ class Calibrator:
     def forget(self, plans: Sequence[PruningPlan]) -> None:
         """Drop kept states and blocks that none of these plans passes."""
         prefixes = {n for p in plans for n in self.sweeper.prefixes.of(p)}
-        self.sweeper.keep = {k: v for k, v in self.sweeper.keep.items() if k[1] in prefixes}
+        self.sweeper.forget(lambda prefix: prefix not in prefixes)
         self.blocks.keep_only(list(plans))
 
     def losses(self, planned: Sequence[Planned]) -> list[float]:
-        """Return the mean negative log-likelihood of plans on the calibration windows, nats per token; one sweep."""
+        """Return the mean negative log-likelihood of plans on the calibration windows, nats per token; one sweep.
+
+        What they have in common with a model whose statistics were taken last is not run again.
+        """
         batches = [
-            Batch(b.ids, tuple((r, 0, tuple(row[1:])) for r, row in enumerate(b.ids.tolist()))) for b in self.batches
+            Batch(b.ids, [(r, range(len(row) - 1), row[1:]) for r, row in enumerate(b.ids.tolist())])
+            for b in self.batches
         ]
         totals = [0.0] * len(planned)
         for _, answers in self.sweeper.sweep(planned, batches):
@@ -84,11 +95,18 @@ class Calibrator:
         if not missing:
             return
         unseen = {p for s in missing for p, n in enumerate(numbers[1:]) if (s.name, n) not in self._forward}
-        observer = _ForwardObserver(self.sweeper, planned, missing, unseen, [b.ids for b in self.batches])
+        observer = _ForwardObserver(self.sweeper, planned, missing, unseen, self.batches)
         rerun = {numbers[p + 1] for p in unseen}
-        self.sweeper.keep = {k: v for k, v in self.sweeper.keep.items() if k[1] not in rerun}
+        self.sweeper.forget(lambda prefix: prefix in rerun)
         for _ in self.sweeper.sweep([planned], self.batches, observer.run, keep=True, advance=advance):
-            observer.next_batch()
+            pass
+        if self.sweeper.broken:
+            first = self.sweeper.broken[0]
+            sources = ", ".join(map(str, planned.plan.blocks[first].sources))
+            raise FlexiError(
+                f"calibration: block {first} (of old blocks {sources}) gives values that are not finite (NaN or infinity) "
+                f"in {str(self.blocks.dtype).removeprefix('torch.')}; try --dtype float32, or look at the weights"
+            )
         for (name, position), sums in observer.totals.items():
             finished = self.known[name].finish(sums, self.tokens)
             self._forward[name, numbers[position + 1]] = {k: v.float().cpu() for k, v in finished.items()}
@@ -121,36 +139,24 @@ class _ForwardObserver:
         planned: Planned,
         statistics: Sequence[Statistic],
         positions: set[int],
-        ids: Sequence[Tensor],
+        batches: Sequence[Batch],
     ) -> None:
         self.sweeper, self.blocks = sweeper, sweeper.blocks
         self.planned, self.statistics, self.positions = planned, statistics, positions
         self.numbers = sweeper.prefixes.of(planned.plan)
         self.totals: dict[tuple[str, int], Sums] = {}
         self.span = max(s.span for s in statistics)
-        self._ids = ids
-        self._batch = 0
-        self._entered: dict[int, Tensor] = {}
+        self._batches = batches
 
-    def next_batch(self) -> None:
-        """Forget the states of the batch that is done."""
-        self._batch += 1
-        self._entered = {}
+    def _input(self, batch: int, position: int) -> Tensor:
+        """Return the states that entered an earlier block, flattened."""
+        if position:
+            return self.sweeper.stored(batch, self.numbers[position]).flatten(0, 1)
+        return self.blocks.embed(self._batches[batch].ids, self.planned.plan.embedding_gain).flatten(0, 1)
 
-    def _input(self, position: int) -> Tensor:
-        """Return the states that entered an earlier block of this batch, flattened; kept ones where it was not run."""
-        if position not in self._entered:
-            kept = self.sweeper.keep[self._batch, self.numbers[position]] if position else None
-            self._entered[position] = self._embedded() if kept is None else kept
-        return self._entered[position].flatten(0, 1)
-
-    def _embedded(self) -> Tensor:
-        return self.blocks.embed(self._ids[self._batch], self.planned.plan.embedding_gain)
-
-    def run(self, _: int, position: int, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    def run(self, batch: int, position: int, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
         """Run one block; where its statistics are wanted, observe it."""
         plan, attached = self.planned.plan, self.planned.attached
-        self._entered[position] = hidden
         if position not in self.positions:
             return self.blocks.run(plan, position, attached, hidden, arguments)
         seen: dict[str, Tensor] = {}
@@ -161,7 +167,7 @@ class _ForwardObserver:
         finally:
             for handle in handles:
                 handle.remove()
-        self._observe(block, position, seen, hidden, output)
+        self._observe(block, batch, position, seen, hidden, output)
         return output
 
     def _hooks(self, block: nn.Module, position: int, seen: dict[str, Tensor]) -> Iterable[Any]:
@@ -178,7 +184,7 @@ class _ForwardObserver:
             yield block.get_submodule(path).register_forward_pre_hook(note)
 
     def _observe(
-        self, block: nn.Module, position: int, seen: dict[str, Tensor], hidden: Tensor, output: Tensor
+        self, block: nn.Module, batch: int, position: int, seen: dict[str, Tensor], hidden: Tensor, output: Tensor
     ) -> None:
         plan, family = self.planned.plan, self.blocks.checkpoint.family
         shape = plan.block_shape(plan.blocks[position])
@@ -196,7 +202,7 @@ class _ForwardObserver:
             input=hidden.flatten(0, 1),
             middle=seen["middle"],
             output=output.flatten(0, 1),
-            before=tuple(self._input(p) for p in earlier),
+            before=tuple(self._input(batch, p) for p in earlier),
             attention_inner=seen.get("attention_inner"),
             mlp_inner=seen.get("mlp_inner"),
             attention_weight=weight("attention_output", shape.kv_heads),

@@ -1,33 +1,88 @@
-"""Where weights come from and go to: safetensors folders read lazily, models in memory, sharded writing by rename."""
+"""Where weights come from and go to: safetensors folders read tensor by tensor, models in memory, shards written as
+tensors come, folders that appear by rename when they are whole."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import mmap
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from io import BufferedReader
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from flexi_plugins.data import Family, ModelShape
-from flexi_plugins.errors import FlexiError, unknown
+from flexi_plugins.errors import FlexiError
 
 FamilyOf = Callable[[Any], Family]
 INDEX = "model.safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""What safetensors calls torch's dtypes."""
+HUGE = 4 * 2**20
+"""Tensors of at least so many bytes are read into huge pages."""
+HEADER = 128 * 2**10
+"""Bytes at the beginning of a new shard that are kept for its header: enough for about a thousand tensors."""
+
+
+@dataclass(frozen=True, eq=False)
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors by name, each read when it is asked for, and again when it is asked for again."""
+
+    readers: Mapping[str, Callable[[], Tensor]]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.readers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.readers)
+
+    def __len__(self) -> int:
+        return len(self.readers)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.readers
 
 
 class Checkpoint:
-    """The weights, configuration and tokenizer of one model. ``read`` returns one tensor of the state dict by name."""
+    """The weights, configuration and tokenizer of one model. ``read`` returns one tensor of the state dict by name.
+
+    From a folder every ``read`` reads the file, into memory that is the tensor's own; threads may read at once.
+    """
 
     def __init__(
         self, name: str, config: PreTrainedConfig, family: Family, read: Callable[[str], Tensor], folder: Path | None
@@ -49,9 +104,9 @@ class Checkpoint:
             raise FlexiError(f"model {str(folder)!r}: no config.json in the folder; expected a Hugging Face checkpoint")
         config = read_config(folder)
         family = family_of(config)
-        files = _tensor_files(folder)
-        checkpoint = cls(name or str(folder), config, family, _FolderReader(files), folder)
-        _check_tensors(folder, files, checkpoint)
+        reader = _FolderReader(folder)
+        checkpoint = cls(name or str(folder), config, family, reader, folder)
+        _check_tensors(reader, checkpoint)
         return checkpoint
 
     @classmethod
@@ -73,11 +128,22 @@ class Checkpoint:
         copy._stored, copy._cache = self._stored, self._cache
         return copy
 
-    def block(self, index: int) -> Mapping[str, Tensor]:
-        """Return the linear maps of a block by role (see ``Weights``)."""
+    def block(self, index: int) -> LazyTensors:
+        """Return the linear maps of a block by role (see ``Weights``); each is read when it is asked for."""
         prefix = self.family.block_prefix(index)
         roles = self.shape.maps(self.shape.blocks[index])
-        return {role: self.read(f"{prefix}{self.family.ROLES[role]}.weight") for role in roles}
+        return LazyTensors({r: partial(self.read, f"{prefix}{self.family.ROLES[r]}.weight") for r in roles})
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the tensors that were read from files since the checkpoint was opened; 0 for a model in memory."""
+        return self._stored.bytes_read if isinstance(self._stored, _FolderReader) else 0
+
+    def bytes_of(self, names: Iterable[str]) -> int:
+        """Return the bytes that tensors take as they are stored; of files only the headers are needed."""
+        if isinstance(self._stored, _FolderReader):
+            return sum(self._stored.place(name).size for name in names)
+        return sum(self._stored(name).nbytes for name in names)
 
     def cached(self, key: Any, make: Callable[[], Any]) -> Any:
         """Return ``make()``, computed once per checkpoint and key."""
@@ -122,12 +188,12 @@ class Checkpoint:
         values = {k: v for k, v in self.config.to_dict().items() if k not in ("transformers_version", "_name_or_path")}
         total.update(json.dumps(values, sort_keys=True, default=str).encode())
         if isinstance(self._stored, _FolderReader):
-            for file in sorted(set(self._stored.files.values())):
-                with file.open("rb") as stream:
+            for file in self._stored.files:
+                with self._stored.opened(file, "it") as stream:
                     total.update(hashlib.file_digest(stream, "sha256").digest())
         else:
             for name in sorted(self.tensor_names()):
-                total.update(self.read(name).detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+                total.update(_bytes(self.read(name)))
         return total.hexdigest()
 
 
@@ -143,37 +209,158 @@ def read_config(folder: Path | str) -> PreTrainedConfig:
         raise FlexiError(f"model {str(folder)!r}: its config.json cannot be used: {reason}") from None
 
 
-class _FolderReader:
-    """Reads one tensor at a time; the shard is reopened at each read, so that no mapped file stays resident."""
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies: ``size`` bytes of a file from ``start`` on. dtype is safetensors' name of it."""
 
-    def __init__(self, files: Mapping[str, Path]) -> None:
-        self.files = files
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class _Version:
+    """What tells one content of a file from another."""
+
+    size: int
+    modified: int  # nanoseconds
+    inode: int
+
+    @classmethod
+    def of(cls, stream: BufferedReader) -> _Version:
+        """Return the version of an open file."""
+        found = os.fstat(stream.fileno())
+        return cls(found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+class _FolderReader:
+    """Reads one tensor at a time from the shards of a folder, whose headers are read when it is made.
+
+    A tensor is read at once into memory of its own instead of mapped: a mapped tensor is read by page faults inside the
+    products that use it, where nothing can be read ahead, and every page of it counts as resident. A file is opened at
+    each read, so threads share nothing, and checked afterwards to be what it was when the headers were read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.bytes_read = 0
+        self._lock = threading.Lock()
+        self._places: dict[str, _Place] = {}
+        self._versions: dict[Path, _Version] = {}
+        if (folder / INDEX).is_file():
+            index = _weight_map(folder / INDEX)
+            _check_shards(folder, index)
+            for file in sorted(set(index.values())):
+                self._add(folder / file, [tensor for tensor, f in index.items() if f == file])
+        else:
+            self._add(_single_file(folder), None)
+
+    def _add(self, file: Path, names: Iterable[str] | None) -> None:
+        """Note where the tensors of a shard lie: of the names that the index gives it, or all."""
+        try:
+            header, self._versions[file] = _header(file)
+        except OSError as error:
+            raise FlexiError(f"checkpoint: {file}: cannot read its header: {error.strerror}; fetch it again") from error
+        for name in header if names is None else names:
+            if name not in header:
+                raise FlexiError(
+                    f"checkpoint: {file}: tensor {name!r} is not in it, although {INDEX} says so; fetch it again"
+                )
+            self._places[name] = header[name]
+
+    @property
+    def files(self) -> list[Path]:
+        """The shards, sorted."""
+        return sorted(self._versions)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def place(self, name: str) -> _Place:
+        """Return where a tensor lies."""
+        if name not in self._places:
+            raise FlexiError(
+                f"checkpoint: {self.folder}: tensor {name!r} is in none of its shards; is the checkpoint complete?"
+            )
+        return self._places[name]
 
     def __call__(self, name: str) -> Tensor:
-        if name not in self.files:
-            raise FlexiError(
-                f"checkpoint: tensor {unknown('tensor', name, [])} in any shard; is the checkpoint complete?"
-            )
+        """Read one tensor; while it is read, other threads run."""
+        place = self.place(name)
+        tensor = _memory(place.size, _dtype(place, name)).view(place.shape)
+        with self.opened(place.file, f"tensor {name!r}") as stream:
+            stream.seek(place.start)
+            count = stream.readinto(_bytes(tensor))
+            if count < place.size:
+                raise FlexiError(
+                    f"checkpoint: {place.file} is truncated: tensor {name!r} ends beyond the file "
+                    f"({_Version.of(stream).size} bytes); fetch it again"
+                )
+        with self._lock:
+            self.bytes_read += place.size
+        return tensor
+
+    @contextmanager
+    def opened(self, file: Path, what: str) -> Iterator[BufferedReader]:
+        """Open a shard to read something from it; raise if it is not, or no longer, the file of the headers."""
         try:
-            with safe_open(self.files[name], framework="pt") as shard:
-                return shard.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise FlexiError(f"checkpoint: {self.files[name]}: cannot read tensor {name!r}: {error}") from None
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    if (folder / INDEX).is_file():
-        index = _weight_map(folder / INDEX)
-        missing = sorted({f for f in index.values() if not (folder / f).is_file()})
-        if missing:
-            tensor = next(t for t, f in index.items() if f == missing[0])
+            with file.open("rb") as stream:
+                yield stream
+                found = _Version.of(stream)
+        except OSError as error:
             raise FlexiError(
-                f"checkpoint: {folder / missing[0]} is missing (it holds {tensor!r}, says {INDEX}); fetch it again"
+                f"checkpoint: {file}: cannot read {what}: {error.strerror}; fetch the file again if it is gone or damaged"
+            ) from error
+        if found != self._versions[file]:
+            raise FlexiError(
+                f"checkpoint: {file} has changed since it was opened (while {what} was being read): run again when "
+                "nothing writes to it"
             )
-        return {tensor: folder / file for tensor, file in index.items()}
+
+
+def _memory(size: int, dtype: torch.dtype) -> Tensor:
+    """Return uninitialised memory for a tensor, one-dimensional.
+
+    Large ones are made of huge pages where there are some: they are filled three times as fast, since most of the time
+    that it takes to read a file which the system has cached goes into page faults.
+    """
+    if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size // dtype.itemsize, dtype=dtype, device="cpu")
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # it is advice, which a kernel built without huge pages refuses
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor, a copy only if it is not contiguous or not on the CPU."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _dtype(place: _Place, name: str) -> torch.dtype:
+    if place.dtype not in DTYPES:
+        raise FlexiError(
+            f"checkpoint: {place.file}: tensor {name!r} has dtype {place.dtype}, expected one of {', '.join(DTYPES)}; "
+            "convert the checkpoint, to BF16 for instance"
+        )
+    return DTYPES[place.dtype]
+
+
+def _check_shards(folder: Path, index: Mapping[str, str]) -> None:
+    missing = sorted({f for f in index.values() if not (folder / f).is_file()})
+    if missing:
+        tensor = next(t for t, f in index.items() if f == missing[0])
+        raise FlexiError(
+            f"checkpoint: {folder / missing[0]} is missing (it holds {tensor!r}, says {INDEX}); fetch it again"
+        )
+
+
+def _single_file(folder: Path) -> Path:
     single = folder / "model.safetensors"
     if single.is_file():
-        return dict.fromkeys(_header(single), single)
+        return single
     pickles = sorted(p.name for p in folder.glob("*.bin"))
     found = f"found {pickles[0]}, which is a pickle and is never loaded" if pickles else "found none"
     raise FlexiError(
@@ -184,43 +371,66 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
 
 def _weight_map(file: Path) -> dict[str, str]:
     try:
-        return json.loads(file.read_text())["weight_map"]
-    except (ValueError, KeyError) as error:
+        return dict(json.loads(file.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
         raise FlexiError(f"checkpoint: {file} is not an index of shards ({error}); fetch it again") from None
 
 
-def _header(file: Path) -> dict[str, dict[str, Any]]:
-    """Read a safetensors header: tensor -> dtype, shape, data_offsets; a truncated file is an error that names a tensor."""
-    size = file.stat().st_size
+def _header(file: Path) -> tuple[dict[str, _Place], _Version]:
+    """Read where the tensors of a safetensors file lie; a truncated file is an error that names a tensor."""
     with file.open("rb") as stream:
+        version = _Version.of(stream)
         length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise FlexiError(f"checkpoint: {file} is truncated: its header is longer than the file ({size} bytes)")
+        if version.size < 8 or length > version.size - 8:
+            raise FlexiError(
+                f"checkpoint: {file} is truncated: its header is longer than the file ({version.size} bytes); "
+                "fetch it again"
+            )
         try:
             header = json.loads(stream.read(length))
         except ValueError:
-            raise FlexiError(f"checkpoint: {file} is not a safetensors file: its header is not JSON") from None
+            raise FlexiError(
+                f"checkpoint: {file} is not a safetensors file: its header is not JSON; fetch it again"
+            ) from None
+    if not isinstance(header, dict):
+        raise FlexiError(f"checkpoint: {file} is not a safetensors file: its header is no mapping; fetch it again")
     header.pop("__metadata__", None)
-    for name, entry in header.items():
-        if 8 + length + entry["data_offsets"][1] > size:
-            raise FlexiError(f"checkpoint: {file} is truncated: tensor {name!r} ends beyond the file ({size} bytes)")
-    return header
+    places = {name: _entry(file, name, entry, 8 + length) for name, entry in header.items()}
+    for name, place in places.items():
+        if place.start + place.size > version.size:
+            raise FlexiError(
+                f"checkpoint: {file} is truncated: tensor {name!r} ends beyond the file ({version.size} bytes); "
+                "fetch it again"
+            )
+    return places, version
 
 
-def _check_tensors(folder: Path, files: Mapping[str, Path], checkpoint: Checkpoint) -> None:
-    headers = {file: _header(file) for file in sorted(set(files.values()))}
+def _entry(file: Path, name: str, entry: Any, data: int) -> _Place:
+    """Read one tensor's entry in a header; ``data`` is where the header ends."""
+    try:
+        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        size = end - start if dtype not in DTYPES else math.prod(shape) * DTYPES[dtype].itemsize
+        whole = 0 <= start <= end and size == end - start
+    except (KeyError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise FlexiError(f"checkpoint: {file}: its header is wrong about tensor {name!r}: {entry}; fetch it again")
+    return _Place(file, dtype, shape, data + start, size)
+
+
+def _check_tensors(reader: _FolderReader, checkpoint: Checkpoint) -> None:
     for name, shape in checkpoint.tensor_names().items():
-        if name not in files:
+        if name not in reader:
             raise FlexiError(
-                f"checkpoint: {folder}: tensor {name!r} is missing; config.json promises shape {list(shape)}"
+                f"checkpoint: {reader.folder}: tensor {name!r} is missing; config.json promises shape {list(shape)}"
             )
-        entry = headers[files[name]].get(name)
-        if entry is None:
-            raise FlexiError(f"checkpoint: {files[name]}: tensor {name!r} is not in it, although {INDEX} says so")
-        if entry["shape"] != list(shape):
+        place = reader.place(name)
+        if place.shape != shape:
             raise FlexiError(
-                f"checkpoint: {files[name]}: tensor {name!r} has shape {entry['shape']}, config.json promises {list(shape)}"
+                f"checkpoint: {place.file}: tensor {name!r} has shape {list(place.shape)}, "
+                f"config.json promises {list(shape)}"
             )
+        _dtype(place, name)
 
 
 # ---------------------------------------------------------------------------------------------- writing
@@ -246,48 +456,90 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = 4 * 2**30) -> None:
-    """Write tensors as they come into safetensors shards of at most ``shard_bytes`` (or one tensor), with an index."""
-    shard: dict[str, Tensor] = {}
-    shards: list[list[str]] = []
-    total = held = 0
-    for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if shard and held + size > shard_bytes:
-            _write_shard(folder, len(shards), shard)
-            shards.append(list(shard))
-            shard, held = {}, 0
-        shard[name] = tensor.detach().contiguous()
-        held, total = held + size, total + size
-    _write_shard(folder, len(shards), shard)
-    shards.append(list(shard))
-    _name_shards(folder, shards, total)
+    """Write tensors as they come into safetensors shards of at most ``shard_bytes`` (or one tensor), with an index.
+
+    One tensor is held at a time: a tensor is written, and forgotten, before the next one is asked for.
+    """
+    index: dict[str, int] = {}
+    shards = total = 0
+    with ExitStack() as stack:
+        shard = stack.enter_context(_Shard(folder / "shard-0"))
+        for name, tensor in tensors:
+            assert name not in index, f"tensor {name!r} comes twice"
+            if not shard.takes(name, tensor, shard_bytes):
+                shard.finish()
+                shards += 1
+                shard = stack.enter_context(_Shard(folder / f"shard-{shards}"))
+            shard.write(name, tensor)
+            index[name] = shards
+            total += tensor.nbytes
+            del tensor
+        shard.finish()
+    _name_shards(folder, index, shards + 1, total)
 
 
-def _write_shard(folder: Path, number: int, shard: dict[str, Tensor]) -> None:
-    unshared = {
-        n: t.clone() if t.untyped_storage().nbytes() != t.numel() * t.element_size() else t for n, t in shard.items()
-    }
-    save_file(copy_repeated(unshared), folder / f"shard-{number}", metadata={"format": "pt"})
+class _Shard:
+    """A safetensors file that is written tensor by tensor; a place is kept for the header, which is written last.
+
+    The file is the length of the header in 8 bytes, the header (JSON padded with spaces) and the tensors without gaps:
+    https://huggingface.co/docs/safetensors/index#format
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._stream = file.open("wb")
+        self._stream.seek(HEADER)
+        self._entries: dict[str, dict[str, Any]] = {}
+        self._size = 0  # bytes of the tensors
+        self._room = HEADER - 8 - len(self._header())
+
+    def __enter__(self) -> _Shard:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.close()
+
+    def takes(self, name: str, tensor: Tensor, most: int) -> bool:
+        """Whether a tensor fits in: with at most so many bytes in all, in the header's place, aligned to its elements."""
+        if not self._entries:
+            return True
+        fits = self._size + tensor.nbytes <= most and self._size % tensor.element_size() == 0
+        return fits and len(json.dumps({name: self._entry(tensor)})) <= self._room
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor; it is copied only if it is not contiguous or not on the CPU."""
+        entry = self._entry(tensor)
+        self._stream.write(_bytes(tensor))
+        self._entries[name] = entry
+        self._size += tensor.nbytes
+        self._room -= len(json.dumps({name: entry}))
+
+    def finish(self) -> None:
+        """Write the header and close the file."""
+        header = self._header()
+        assert len(header) <= HEADER - 8, "a name is longer than a header may be"
+        self._stream.seek(0)
+        self._stream.write((HEADER - 8).to_bytes(8, "little") + header.ljust(HEADER - 8))
+        self._stream.close()
+
+    def _entry(self, tensor: Tensor) -> dict[str, Any]:
+        offsets = [self._size, self._size + tensor.nbytes]
+        return {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+
+    def _header(self) -> bytes:
+        return json.dumps({"__metadata__": {"format": "pt"}, **self._entries}).encode()
 
 
-def copy_repeated(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors, with a copy for each that shares memory with one before it (a block that is there twice)."""
-    seen: set[int] = set()
-    result = {}
-    for name, tensor in tensors.items():
-        place = tensor.data_ptr()
-        result[name] = tensor.clone() if place in seen and tensor.numel() else tensor
-        seen.add(place)
-    return result
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:
-    if len(shards) == 1:
+def _name_shards(folder: Path, index: Mapping[str, int], count: int, total: int) -> None:
+    if count == 1:
         os.replace(folder / "shard-0", folder / "model.safetensors")
         return
-    index: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+    files = [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
+    for number, file in enumerate(files):
         os.replace(folder / f"shard-{number}", folder / file)
-        index |= dict.fromkeys(names, file)
-    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1))
+    weight_map = {name: files[number] for name, number in index.items()}
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1))

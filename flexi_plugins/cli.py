@@ -17,6 +17,7 @@ from flexi_plugins.errors import FlexiError
 if TYPE_CHECKING:
     from flexi_plugins.data import PruningPlan
     from flexi_plugins.execution.sweep import Planned
+    from flexi_plugins.machine import Machine
     from flexi_plugins.plugins import Plugins
     from flexi_plugins.progress import Progress
     from flexi_plugins.pruner import Pruner
@@ -47,6 +48,10 @@ Corpus = Annotated[str, typer.Option("--corpus", help="Calibration text: a corpu
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the calibration sample.")]
 Data = Annotated[Path | None, typer.Option("--data", envvar="FLEXI_DATA", help="Folder with local tasks/ and text/.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="Compute dtype: auto, float32, bfloat16, float16.")]
+Memory = Annotated[
+    str | None, typer.Option("--memory", help="Most the process may take, such as 4GiB; default: what is free.")
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 
 
@@ -55,6 +60,8 @@ def run(
     study: Annotated[Path, typer.Argument(help="Study file (TOML).")],
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the study; default runs/NAME.")] = None,
     data: Data = None,
+    device: Device = "auto",
+    memory: Memory = None,
     as_json: Json = False,
 ) -> None:
     """Run a study, or what is left of it, and write its leaderboard.
@@ -68,7 +75,7 @@ def run(
     plugins = _plugins()
     file = read_study(study, plugins)
     folder = out or Path("runs") / file.name
-    records = Study(file, folder, data, plugins, _progress()).run()
+    records = Study(file, folder, data, plugins, _progress(), _machine(device, memory)).run()
     failed = [r for r in records if r.status == "failed"]
     if as_json:
         _print_json([r.to_json() for r in records])
@@ -93,6 +100,8 @@ def plan(
     seed: Seed = 0,
     data: Data = None,
     dtype: Dtype = "auto",
+    device: Device = "auto",
+    memory: Memory = None,
     count_only: Annotated[
         bool, typer.Option("--count-only", help="Parameters alone, from the configuration: no weights, no metric.")
     ] = False,
@@ -112,7 +121,7 @@ def plan(
         made = _counted(model, strategy, ratio, strategy_option)
     else:
         method = _method(metric, strategy, ratio, metric_option, strategy_option)
-        pruner = _pruner(model, corpus, seed, data, dtype)
+        pruner = _pruner(model, corpus, seed, data, dtype, device, memory)
         made = pruner.plan(*method, pruner.progress.say)
     if output:
         _write_text(output, json.dumps(made.to_json(), indent=1) + "\n")
@@ -138,6 +147,8 @@ def prune(
     seed: Seed = 0,
     data: Data = None,
     dtype: Dtype = "auto",
+    device: Device = "auto",
+    memory: Memory = None,
     as_json: Json = False,
 ) -> None:
     """Write a pruned model as a checkpoint folder, with its plan beside the weights.
@@ -153,11 +164,11 @@ def prune(
     if plan_file:
         if metric or strategy or ratio is not None:
             raise FlexiError("prune: give either --plan, or --metric, --strategy and --ratio")
-        pruner = _pruner(model, corpus, seed, data, dtype)
+        pruner = _pruner(model, corpus, seed, data, dtype, device, memory)
         planned = _read_plan(plan_file, pruner)
     else:
         method = _method(metric, strategy, ratio, metric_option, strategy_option)
-        pruner = _pruner(model, corpus, seed, data, dtype)
+        pruner = _pruner(model, corpus, seed, data, dtype, device, memory)
         planned = pruner.attach(pruner.plan(*method, pruner.progress.say))
     pruner.write(planned, output)
     from flexi_plugins.rewrite import plain_reason
@@ -193,6 +204,8 @@ def evaluate(
     efficiency: Annotated[bool, typer.Option("--efficiency", help="Measure speed and memory as well.")] = False,
     data: Data = None,
     dtype: Dtype = "auto",
+    device: Device = "auto",
+    memory: Memory = None,
     as_json: Json = False,
 ) -> None:
     """Measure one model: perplexity, lm-eval tasks, efficiency.
@@ -214,7 +227,7 @@ def evaluate(
     if efficiency:
         measures.append({"evaluator": "efficiency"})
     chosen = _measures(measures)
-    pruner = _pruner(model, "python-docs", 0, data, dtype)
+    pruner = _pruner(model, "python-docs", 0, data, dtype, device, memory)
     shape = pruner.checkpoint.shape
     planned = _read_plan(plan_file, pruner) if plan_file else Planned(PruningPlan.identity(shape))
     candidate = Candidate(model, planned.plan)
@@ -369,18 +382,34 @@ def _progress() -> Progress:
     return Progress()
 
 
-def _pruner(model: str, corpus: str, seed: int, data: Path | None, dtype: str) -> Pruner:
+def _machine(device: str, memory: str | None) -> Machine:
+    from flexi_plugins.machine import Machine, parse_memory
+
+    return Machine(device, parse_memory(memory) if memory else None)
+
+
+def _pruner(
+    model: str, corpus: str, seed: int, data: Path | None, dtype: str, device: str, memory: str | None
+) -> Pruner:
     from flexi_plugins.corpora.files import find_corpus
-    from flexi_plugins.pruner import DTYPES, Calibration, Pruner
+    from flexi_plugins.pruner import Calibration, Pruner
 
-    if dtype != "auto" and dtype not in DTYPES:
-        from flexi_plugins.errors import unknown
-
-        raise FlexiError(unknown("dtype", dtype, ["auto", *DTYPES]))
+    machine = _machine(device, memory)
+    machine.dtype(dtype)  # refused before anything is loaded
     plugins = _plugins()
     find_corpus(corpus, {n: e.object for n, e in plugins.entries("corpus").items()})
     calibration = Calibration(corpus=corpus)
-    return Pruner(model, calibration, seed=seed, data=data, dtype=dtype, plugins=plugins, progress=_progress())
+    return Pruner(
+        model,
+        calibration,
+        seed=seed,
+        data=data,
+        dtype=dtype,
+        device=machine.device,
+        memory=machine.memory,
+        plugins=plugins,
+        progress=_progress(),
+    )
 
 
 def _options(pairs: Sequence[str] | None) -> dict[str, str]:

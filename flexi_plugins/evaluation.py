@@ -6,9 +6,11 @@ import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from flexi_plugins.data import PruningPlan
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.execution.likelihoods import AnswerJournal, likelihoods
 from flexi_plugins.execution.sweep import Planned, Sweeper
@@ -25,7 +27,8 @@ class Measurer:
     def __init__(self, pruner: Pruner, journal: AnswerJournal, folder: Path, planned: Sequence[Any]) -> None:
         self.pruner, self.journal, self.folder = pruner, journal, folder
         self.planned: dict[str, Planned] = {p.plan.hash: p for p in planned}
-        self.sweeper = Sweeper(pruner.blocks)
+        self.sweeper = Sweeper(pruner.blocks, pruner.progress.say)
+        self.lost: dict[str, int] = {}  # plan hash -> first block whose states were not finite
         self.scratch = folder / f"exports.{os.getpid()}.tmp"
 
     def __enter__(self) -> Measurer:
@@ -47,18 +50,28 @@ class Measurer:
             raise
         except Exception as error:  # a plugin may fail in any way, and the other evaluators go on
             made = itertools.repeat(self._broken(measure.evaluator, error))
-        return self._taken(measure.evaluator, made, len(candidates))
+        return self._taken(measure.evaluator, made, candidates)
 
-    def _taken(self, evaluator: str, made: Iterator[Outcome], count: int) -> Iterator[Outcome]:
-        for index in range(count):
+    def _taken(self, evaluator: str, made: Iterator[Outcome], candidates: Sequence[Candidate]) -> Iterator[Outcome]:
+        for index, candidate in enumerate(candidates):
             try:
                 outcome = next(made)
             except FlexiError:
                 raise
             except Exception as error:  # as above; StopIteration: it gave fewer outcomes than there are candidates
-                yield from [self._broken(evaluator, error)] * (count - index)
+                yield from [self._broken(evaluator, error)] * (len(candidates) - index)
                 return
-            yield outcome
+            yield self._located(outcome, candidate.plan)
+
+    def _located(self, outcome: Outcome, plan: PruningPlan) -> Outcome:
+        """Say in which block the values of a failed candidate stopped being finite, where that is the reason."""
+        first = self.lost.get(plan.hash)
+        if outcome.failure is None or first is None:
+            return outcome
+        sources = ", ".join(map(str, plan.blocks[first].sources))
+        return replace(
+            outcome, failure=f"{outcome.failure} (not finite first in block {first}, of old blocks {sources})"
+        )
 
     def _broken(self, evaluator: str, error: Exception) -> Outcome:
         reason = "it gave fewer outcomes than candidates" if isinstance(error, StopIteration) else told(error)
@@ -72,7 +85,9 @@ class Measurer:
         setting = [pruner.checkpoint.fingerprint(), str(pruner.dtype)]
 
         def answer(requests: Sequence[Any], title: str) -> list[list[tuple[float, bool]]]:
-            return likelihoods(self.sweeper, chosen, requests, self.journal, setting, pruner.progress.stage, title)
+            found = likelihoods(self.sweeper, chosen, requests, self.journal, setting, pruner.progress.stage, title)
+            self.lost |= {chosen[i].plan.hash: position for i, position in self.sweeper.broken.items()}
+            return found
 
         return EvaluationRequest(
             candidates=tuple(candidates),

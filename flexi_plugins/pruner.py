@@ -21,12 +21,11 @@ from flexi_plugins.errors import FlexiError
 from flexi_plugins.execution.blocks import Blocks
 from flexi_plugins.execution.sweep import Planned
 from flexi_plugins.hookspecs import Budget, ImportanceMetric, PruningRequest, ReplacementStrategy
+from flexi_plugins.machine import Machine
 from flexi_plugins.models import open_model
 from flexi_plugins.plugins import Plugins, options_of
 from flexi_plugins.progress import Progress
 from flexi_plugins.rewrite import PlanWeights, build_model, needed_tensors, with_digests, write_checkpoint
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -40,16 +39,12 @@ class Calibration:
     gradient_length: int = 64
 
 
-def compute_dtype(name: str = "auto") -> torch.dtype:
-    """Return the dtype of a name; auto: bfloat16 where the CPU multiplies it natively, else float32."""
-    if name != "auto":
-        return DTYPES[name]
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # no public query exists
-    return torch.bfloat16 if native else torch.float32
-
-
 class Pruner:
-    """Everything about pruning one model: calibrated once, it makes any number of plans and the models of plans."""
+    """Everything about pruning one model: calibrated once, it makes any number of plans and the models of plans.
+
+    dtype, device: what it computes in and on (see ``Machine``). memory: bytes that the process may take; a model that
+    does not fit is streamed from its files, block by block. The whole model is in memory only in what ``model`` returns.
+    """
 
     def __init__(
         self,
@@ -59,16 +54,19 @@ class Pruner:
         seed: int = 0,
         data: Path | str | None = None,
         dtype: str = "auto",
+        device: str = "auto",
+        memory: int | None = None,
         plugins: Plugins | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.plugins = plugins or Plugins.load()
+        self.machine = Machine(device, memory)
         opened = open_model(model, self.plugins.family) if isinstance(model, str) else model
-        self.checkpoint = opened.resident()
+        self.checkpoint = resident(opened, self.machine)
         self.calibration = calibration or Calibration()
         self.seed = seed
         self.data = Path(data) if data else None
-        self.dtype = compute_dtype(dtype)
+        self.dtype = self.machine.dtype(dtype)
         self.progress = progress or Progress(quiet=True)
 
     # -- calibration
@@ -93,14 +91,14 @@ class Pruner:
     @cached_property
     def blocks(self) -> Blocks:
         """The blocks of this model's plans."""
-        return Blocks(self.checkpoint, self.dtype)
+        return Blocks(self.checkpoint, self.dtype, self.machine.torch_device, self.machine.left())
 
     @cached_property
     def calibrator(self) -> Calibrator:
         """Statistics of this model's plans."""
         windows, samples, _ = self.texts
         known = {n: e.object for n, e in self.plugins.entries("statistic").items()}
-        return Calibrator(self.blocks, windows, samples, known)
+        return Calibrator(self.blocks, windows, samples, known, say=self.progress.say)
 
     def calibrate(self, needs: Iterable[str]) -> Statistics:
         """Take these statistics of the dense model together: one forward and one backward pass for all."""
@@ -167,7 +165,9 @@ class Pruner:
     def model(self, plan: PruningPlan | Planned, dtype: str | None = None) -> nn.Module:
         """Return a plan's model in memory, a transformers model; unchanged weights are shared with the original."""
         planned = self.attach(plan) if isinstance(plan, PruningPlan) else plan
-        return build_model(planned.plan, self.checkpoint, planned.attached, None if dtype is None else DTYPES[dtype])
+        return build_model(
+            planned.plan, self.checkpoint, planned.attached, None if dtype is None else self.machine.dtype(dtype)
+        )
 
     def write(self, plan: PruningPlan | Planned, folder: Path | str) -> None:
         """Write a plan's model as a checkpoint folder."""
@@ -198,6 +198,11 @@ class Pruner:
 
     def _scores(self, metric: ImportanceMetric, request: PruningRequest) -> Scores:
         return metric.score(request).check(f"metric {metric.name!r}", request.shape)
+
+
+def resident(checkpoint: Checkpoint, machine: Machine) -> Checkpoint:
+    """Return the checkpoint with what it has read kept in memory, if that leaves half of the memory free."""
+    return checkpoint.resident() if 2 * checkpoint.bytes_of(checkpoint.tensor_names()) <= machine.left() else checkpoint
 
 
 def check_compatible(metric: ImportanceMetric, strategy: ReplacementStrategy) -> None:

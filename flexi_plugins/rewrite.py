@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedConfig
 
-from flexi_plugins.checkpoint import Checkpoint, copy_repeated, new_folder, write_tensors
+from flexi_plugins.checkpoint import Checkpoint, LazyTensors, new_folder, write_tensors
 from flexi_plugins.data import BlockRecipe, Family, PruningPlan, Weighted
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.modeling import FlexiConfig, FlexiForCausalLM, resized_config
@@ -31,19 +32,24 @@ def block_tensors(plan: PruningPlan, position: int, checkpoint: Checkpoint, atta
 
     A sharing block has no linear weights of its own: only its norms, biases, adapters and output norms.
     """
+    return dict(_lazy_block(plan, position, checkpoint, attached))
+
+
+def _lazy_block(plan: PruningPlan, position: int, checkpoint: Checkpoint, attached: Tensors) -> LazyTensors:
+    """Return the state dict of a block, of which each tensor is made when it is asked for."""
     recipe, family = plan.blocks[position], checkpoint.family
     shape = plan.block_shape(recipe)
-    tensors: dict[str, Tensor] = {}
+    readers: dict[str, Callable[[], Tensor]] = {}
     if recipe.shares is None:
         for role in plan.shape.maps(shape):
-            tensors[f"{family.ROLES[role]}.weight"] = _weight(plan, recipe, role, checkpoint)
+            readers[f"{family.ROLES[role]}.weight"] = partial(_weight, plan, recipe, role, checkpoint)
     for name in plan.shape.vectors(shape):
-        tensors[family.vector(name)] = _vector(plan, recipe, name, checkpoint)
+        readers[family.vector(name)] = partial(_vector, plan, recipe, name, checkpoint)
     prefix = f"blocks.{position}."
-    for name, tensor in attached.items():
+    for name in attached:
         if name.startswith(prefix):
-            tensors[_attached_name(name.removeprefix(prefix), family)] = tensor
-    return tensors
+            readers[_attached_name(name.removeprefix(prefix), family)] = partial(attached.__getitem__, name)
+    return LazyTensors(readers)
 
 
 def _attached_name(name: str, family: Family) -> str:
@@ -65,15 +71,27 @@ def _weight(plan: PruningPlan, recipe: BlockRecipe, role: str, checkpoint: Check
 
     if recipe.mix:
         return _weighted(recipe.mix, read)
-    dimension = 1 if role in ("attention_output", "down") else 0
-    pieces = []
-    for part in recipe.parts:
+    return _concatenated(plan, recipe, role, read, 1 if role in ("attention_output", "down") else 0)
+
+
+def _concatenated(
+    plan: PruningPlan, recipe: BlockRecipe, role: str, read: Callable[[int], Tensor], dimension: int
+) -> Tensor:
+    """Return the units of the parts one after the other; each source is read once, and one of them held at a time."""
+    taken: dict[int, Tensor | None] = {}  # position of a part -> its rows
+    for position, part in enumerate(recipe.parts):
         rows = unit_rows(plan, part.source, role, part.channels if role in ("gate", "up", "down") else part.kv_heads)
-        if rows is None:
-            pieces.append(read(part.source))
-        elif len(rows):
-            pieces.append(read(part.source).index_select(dimension, rows))
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dimension)
+        if rows is None or len(rows):
+            taken[position] = rows
+    pieces: dict[int, Tensor] = {}
+    for source in dict.fromkeys(recipe.parts[position].source for position in taken):
+        tensor = read(source)
+        for position, rows in taken.items():
+            if recipe.parts[position].source == source:
+                pieces[position] = tensor if rows is None else tensor.index_select(dimension, rows)
+        del tensor
+    ordered = [pieces[position] for position in sorted(pieces)]
+    return ordered[0] if len(ordered) == 1 else torch.cat(ordered, dimension)
 
 
 def unit_rows(plan: PruningPlan, source: int, role: str, units: tuple[int, ...] | None) -> Tensor | None:
@@ -103,18 +121,20 @@ def _vector(plan: PruningPlan, recipe: BlockRecipe, name: str, checkpoint: Check
         return _weighted(recipe.norm_weights, read)
     if recipe.mix:
         return _weighted(recipe.mix, read)
-    pieces = []
-    for part in recipe.parts:
-        rows = unit_rows(plan, part.source, role, part.channels if role in ("gate", "up") else part.kv_heads)
-        pieces.append(read(part.source) if rows is None else read(part.source)[rows])
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    return _concatenated(plan, recipe, role, read, 0)
 
 
-def _weighted(terms: Weighted, read: Any) -> Tensor:
-    if len(terms) == 1 and terms[0][1] == 1.0:
-        return read(terms[0][0])
-    total = sum(coefficient * read(source).float() for source, coefficient in terms)
-    return total.to(read(terms[0][0]).dtype)
+def _weighted(terms: Weighted, read: Callable[[int], Tensor]) -> Tensor:
+    """Return the weighted sum, formed in float32, in the first term's dtype; one term is held at a time."""
+    (source, coefficient), *rest = terms
+    tensor = read(source)
+    if not rest and coefficient == 1.0:
+        return tensor
+    dtype, total = tensor.dtype, coefficient * tensor.float()
+    del tensor
+    for source, coefficient in rest:
+        total += coefficient * read(source).float()
+    return total.to(dtype)
 
 
 class PlanWeights:
@@ -123,16 +143,19 @@ class PlanWeights:
     def __init__(self, plan: PruningPlan, checkpoint: Checkpoint, attached: Tensors) -> None:
         self.plan, self.checkpoint, self.attached = plan, checkpoint, attached
 
-    def block(self, index: int) -> dict[str, Tensor]:
-        """Return the linear maps of a block by role; for a sharing block the donor's, with its adapters added."""
-        recipe = self.plan.blocks[index]
-        roles = self.plan.shape.maps(self.plan.block_shape(recipe))
-        if recipe.shares is None:
-            return {role: _weight(self.plan, recipe, role, self.checkpoint) for role in roles}
-        donor = self.checkpoint.block(recipe.shares)
-        return {role: self._adapted(index, role, donor[role]) for role in roles}
+    def block(self, index: int) -> LazyTensors:
+        """Return the linear maps of a block by role; for a sharing block the donor's, with its adapters added.
 
-    def _adapted(self, index: int, role: str, weight: Tensor) -> Tensor:
+        Each is read, and made, when it is asked for.
+        """
+        roles = self.plan.shape.maps(self.plan.block_shape(self.plan.blocks[index]))
+        return LazyTensors({role: partial(self._map, index, role) for role in roles})
+
+    def _map(self, index: int, role: str) -> Tensor:
+        recipe = self.plan.blocks[index]
+        if recipe.shares is None:
+            return _weight(self.plan, recipe, role, self.checkpoint)
+        weight = self.checkpoint.block(recipe.shares)[role]
         a, b = (self.attached.get(f"blocks.{index}.{role}.{x}") for x in ("lora_a", "lora_b"))
         return weight if a is None or b is None else weight + a @ b
 
@@ -169,14 +192,15 @@ def needed_tensors(plan: PruningPlan) -> list[str]:
 
 
 def state_dict(plan: PruningPlan, checkpoint: Checkpoint, attached: Tensors) -> Iterator[tuple[str, Tensor]]:
-    """Yield the state dict of the plan's model tensor by tensor, in the order of the model."""
+    """Yield the state dict of the plan's model tensor by tensor, in the order of the model; none of them is kept."""
     check_attached(plan, attached)
     first, *rest = checkpoint.outer_names()
     yield first, checkpoint.read(first)
     for position in range(len(plan.blocks)):
         prefix = checkpoint.family.block_prefix(position)
-        for name, tensor in block_tensors(plan, position, checkpoint, attached).items():
-            yield prefix + name, tensor
+        tensors = _lazy_block(plan, position, checkpoint, attached)
+        for name in tensors:
+            yield prefix + name, tensors[name]
     for name in rest:
         yield name, checkpoint.read(name)
 
@@ -227,7 +251,7 @@ def build_model(
         make = FlexiForCausalLM if isinstance(config, FlexiConfig) else AutoModelForCausalLM.from_config
         model = make(config)
     state = {n: t if dtype is None else t.to(dtype) for n, t in state_dict(plan, checkpoint, attached or {})}
-    state = copy_repeated(state)
+    state = _copy_repeated(state)
     if checkpoint.shape.tied:
         state[f"{checkpoint.family.head}.weight"] = state[checkpoint.outer_names()[0]]
     model.load_state_dict(state, strict=True, assign=True)
@@ -236,15 +260,32 @@ def build_model(
     return model.eval().requires_grad_(False)
 
 
+def _copy_repeated(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors, with a copy for each that shares memory with one before it (a block that is there twice)."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        place = tensor.data_ptr()
+        result[name] = tensor.clone() if place in seen and tensor.numel() else tensor
+        seen.add(place)
+    return result
+
+
 def write_checkpoint(
     plan: PruningPlan, checkpoint: Checkpoint, attached: Tensors | None, folder: Path, dtype: torch.dtype | None = None
 ) -> None:
-    """Write the plan's model as a checkpoint folder, tensor by tensor, with the plan beside it; renamed when whole."""
+    """Write the plan's model as a checkpoint folder, tensor by tensor, with the plan beside it; renamed when whole.
+
+    One tensor is held at a time, and what goes into it. A plan that uses each source once reads each tensor once.
+    """
     attached = attached or {}
     config = model_config(plan, checkpoint)
+
+    def converted(item: tuple[str, Tensor]) -> tuple[str, Tensor]:
+        return item[0], item[1] if dtype is None else item[1].to(dtype)
+
     with new_folder(Path(folder)) as temporary:
-        tensors = ((n, t if dtype is None else t.to(dtype)) for n, t in state_dict(plan, checkpoint, attached))
-        write_tensors(temporary, tensors)
+        write_tensors(temporary, map(converted, state_dict(plan, checkpoint, attached)))
         if dtype is not None:
             config.dtype = dtype
         _write_config(temporary, config)

@@ -24,10 +24,11 @@ from flexi_plugins.errors import FlexiError
 from flexi_plugins.evaluation import Measurer
 from flexi_plugins.execution.sweep import Planned
 from flexi_plugins.hookspecs import Budget, Candidate, ImportanceMetric, Outcome, ReplacementStrategy
+from flexi_plugins.machine import Machine
 from flexi_plugins.models import open_model
 from flexi_plugins.plugins import Entry, Plugins, told
 from flexi_plugins.progress import Progress
-from flexi_plugins.pruner import Calibration, Pruner, incompatible, options_json, own_knob
+from flexi_plugins.pruner import Calibration, Pruner, incompatible, options_json, own_knob, resident
 from flexi_plugins.report import write_reports
 from flexi_plugins.store import Journal, Store, commit, environment, write_traceback
 from flexi_plugins.studyfile import Measure, StudyFile
@@ -53,9 +54,16 @@ class Study:
     """One study file in one folder. ``run`` finishes what is not finished and writes the reports."""
 
     def __init__(
-        self, file: StudyFile, folder: Path, data: Path | None, plugins: Plugins, progress: Progress | None = None
+        self,
+        file: StudyFile,
+        folder: Path,
+        data: Path | None,
+        plugins: Plugins,
+        progress: Progress | None = None,
+        machine: Machine | None = None,
     ) -> None:
         self.file, self.folder, self.data, self.plugins = file, folder, data, plugins
+        self.machine = machine or Machine()
         self.progress = progress or Progress(quiet=True)
         self.store, self.journal = Store(folder), Journal(folder)
 
@@ -82,7 +90,7 @@ class Study:
     @cached_property
     def checkpoint(self) -> Any:
         """The model, opened once."""
-        return open_model(self.file.model, self.plugins.family).resident()
+        return resident(open_model(self.file.model, self.plugins.family), self.machine)
 
     @cached_property
     def pruners(self) -> dict[int, Pruner]:
@@ -96,6 +104,8 @@ class Study:
                 seed=seed,
                 data=self.data,
                 dtype=self.file.dtype,
+                device=self.machine.device,
+                memory=self.machine.memory,
                 plugins=self.plugins,
                 progress=self.progress,
             )

@@ -15,7 +15,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Lowest first. A module may import its own layer and those below it.
 LAYERS: list[tuple[str, set[str]]] = [
     ("values and the contract", {"data", "hookspecs", "errors", "numerics", "digests", "progress", "_auto", ""}),
-    ("weights and models", {"budget", "checkpoint", "modeling", "rewrite"}),
+    ("weights and models", {"budget", "checkpoint", "machine", "modeling", "rewrite"}),
     ("engine", {"execution", "calibration"}),
     ("built-in plugins", {"families", "metrics", "strategies", "recovery", "corpora", "evaluators", "reports"}),
     ("catalogue, results, models by name", {"plugins", "store", "models"}),
@@ -40,6 +40,7 @@ LIGHT = {
     "store",
     "report",
     "progress",
+    "machine",
 }
 """Modules that are loaded before it is known what is wanted: heavy libraries are imported inside their functions."""
 

@@ -36,9 +36,9 @@ from flexi_plugins.studyfile import read_study
 
 RECIPES = sorted((Path(__file__).parents[1] / "baselines" / "recipes").glob("*.toml"))
 PLANNED = ("--model", "--metric", "--strategy", "--ratio", "--metric-option", "--strategy-option")
-CALIBRATED = ("--corpus", "--seed", "--data", "--dtype", "--json", "--help")
+CALIBRATED = ("--corpus", "--seed", "--data", "--dtype", "--device", "--memory", "--json", "--help")
 OPTIONS = {  # a change here is a change of what users have written in their scripts
-    "run": {"STUDY", "--out", "--data", "--json", "--help"},
+    "run": {"STUDY", "--out", "--data", "--device", "--memory", "--json", "--help"},
     "plan": {*PLANNED, *CALIBRATED, "-o", "--output", "--count-only"},
     "prune": {*PLANNED, *CALIBRATED, "-o", "--output", "--plan"},
     "eval": {
@@ -52,6 +52,8 @@ OPTIONS = {  # a change here is a change of what users have written in their scr
         "--efficiency",
         "--data",
         "--dtype",
+        "--device",
+        "--memory",
         "--json",
         "--help",
     },

@@ -11,7 +11,9 @@ from tiny import opened, tiny, tokens
 
 from flexi_plugins.data import PruningPlan
 from flexi_plugins.execution.blocks import Blocks
-from flexi_plugins.execution.sweep import Batch, Planned, Sweeper, count_blocks
+from flexi_plugins.execution.readout import Batch
+from flexi_plugins.execution.schedule import count_blocks
+from flexi_plugins.execution.sweep import Planned, Sweeper
 from flexi_plugins.pruner import Calibration, Pruner
 from flexi_plugins.strategies.concat_merge import ConcatMerge
 

@@ -17,10 +17,14 @@ from torch.nn import functional as F
 
 from flexi_plugins.data import BlockRecipe, Part, PruningPlan
 from flexi_plugins.errors import FlexiError
+from flexi_plugins.execution import sweep
 from flexi_plugins.execution.backward import backward_sweep
 from flexi_plugins.execution.blocks import Blocks
-from flexi_plugins.execution.likelihoods import NoJournal, as_batch, group_requests, likelihoods
-from flexi_plugins.execution.sweep import Batch, Planned, Prefixes, Sweeper, count_blocks
+from flexi_plugins.execution.likelihoods import NoJournal, likelihoods
+from flexi_plugins.execution.packing import pack
+from flexi_plugins.execution.readout import Batch, read_out
+from flexi_plugins.execution.schedule import Prefixes, count_blocks
+from flexi_plugins.execution.sweep import Planned, Sweeper
 from flexi_plugins.rewrite import build_model, with_digests
 
 VOCABULARY = 61
@@ -44,9 +48,9 @@ def zoo(shape) -> list[Planned]:
     return found + [Planned(random_plan(shape, random.Random(seed), closed=False)) for seed in range(5)]
 
 
-def all_reads(positions: Sequence[tuple[int, int]]) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
+def all_reads(positions: Sequence[tuple[int, int]]) -> tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]:
     """Read the log-probability of every token of the vocabulary at these (row, column) positions."""
-    return tuple((row, column, (token,)) for row, column in positions for token in range(VOCABULARY))
+    return tuple((row, (column,), (token,)) for row, column in positions for token in range(VOCABULARY))
 
 
 def swept(sweeper, planned, ids, positions, **options) -> list[torch.Tensor]:
@@ -116,20 +120,20 @@ def test_reads_of_several_tokens_add_up():
     model = tiny()
     ids = tokens(2, 9)
     plan = Planned(PruningPlan.identity(opened(model).shape))
-    reads = ((0, 2, tuple(ids[0, 3:7].tolist())), (1, 0, (int(ids[1, 1]),)), (1, 4, (3, 1, 4)))
+    reads = ((0, range(2, 6), ids[0, 3:7].tolist()), (1, (0,), (int(ids[1, 1]),)), (1, (4, 7, 5), (3, 1, 4)))
     ((_, answers),) = Sweeper(Blocks(opened(model))).sweep([plan], [Batch(ids, reads)])
     found = logits(model, ids).log_softmax(-1)
-    for (row, first, targets), (score, greedy) in zip(reads, answers[0], strict=True):
-        expected = sum(float(found[row, first + i, t]) for i, t in enumerate(targets))
+    for (row, columns, targets), (score, greedy) in zip(reads, answers[0], strict=True):
+        expected = sum(float(found[row, c, t]) for c, t in zip(columns, targets, strict=True))
         assert score == pytest.approx(expected, rel=1e-5)
-        assert greedy == all(int(found[row, first + i].argmax()) == t for i, t in enumerate(targets))
+        assert greedy == all(int(found[row, c].argmax()) == t for c, t in zip(columns, targets, strict=True))
 
 
 def test_greedy_answers_are_seen():
     model = tiny()
     ids = tokens(1, 5)
     best = logits(model, ids)[0].argmax(-1).tolist()
-    reads = ((0, 1, tuple(best[1:4])), (0, 1, (best[1], (best[2] + 1) % VOCABULARY)))
+    reads = ((0, (1, 2, 3), tuple(best[1:4])), (0, (1, 2), (best[1], (best[2] + 1) % VOCABULARY)))
     plan = Planned(PruningPlan.identity(opened(model).shape))
     ((_, answers),) = Sweeper(Blocks(opened(model))).sweep([plan], [Batch(ids, reads)])
     assert [g for _, g in answers[0]] == [True, False]
@@ -162,7 +166,7 @@ def test_the_sweep_runs_what_was_counted(monkeypatch):
     original = Blocks.run
     monkeypatch.setattr(Blocks, "run", lambda self, *a: runs.append(a[1]) or original(self, *a))
     passed = []
-    batches = [Batch(tokens(2, 5), ((0, 1, (2,)),)), Batch(tokens(1, 4), ((0, 1, (2,)),))]
+    batches = [Batch(tokens(2, 5), ((0, (1,), (2,)),)), Batch(tokens(1, 4), ((0, (1,), (2,)),))]
     list(Sweeper(Blocks(checkpoint)).sweep(planned, batches, advance=passed.append))
     shared, alone = count_blocks([p.plan for p in planned])
     assert len(runs) == 2 * shared < 2 * alone
@@ -275,29 +279,14 @@ class Progress:
 
 @pytest.fixture
 def small_groups(monkeypatch):
-    monkeypatch.setattr("flexi_plugins.execution.likelihoods.group_requests", lambda r: group_requests(r, 40))
+    monkeypatch.setattr("flexi_plugins.execution.likelihoods.BATCH_TOKENS", 40)
+    monkeypatch.setattr("flexi_plugins.execution.packing.ROW_TOKENS", 20)
 
 
 def answer(planned, requests, journal, checkpoint=None, setting="s", progress=None):
     checkpoint = checkpoint or opened(tiny())
     progress = progress or Progress()
     return likelihoods(Sweeper(Blocks(checkpoint)), planned, requests, journal, setting, progress, "answering")
-
-
-def test_groups_hold_every_distinct_request_once_within_the_budget():
-    requests = some_requests(200)
-    groups = group_requests(requests, 40)
-    assert sorted(r for g in groups for r in g) == sorted(set(requests))
-    lengths = [[len(c) + len(t) for c, t in g] for g in groups]
-    assert all(max(n) * len(n) <= 40 or len(n) == 1 for n in lengths)
-    assert [x for n in lengths for x in n] == sorted((x for n in lengths for x in n), reverse=True)
-    assert group_requests([*reversed(requests)], 40) == groups
-
-
-def test_a_batch_reads_the_continuation():
-    batch = as_batch([((5, 6, 7), (8, 9)), ((1,), (2,))])
-    assert batch.ids.tolist() == [[5, 6, 7, 8], [1, 0, 0, 0]]
-    assert batch.reads == ((0, 2, (8, 9)), (1, 0, (2,)))
 
 
 def test_likelihoods_are_those_of_the_exported_model(small_groups):
@@ -320,7 +309,7 @@ def test_a_killed_sweep_goes_on_where_it_was(small_groups, monkeypatch):
     checkpoint = opened(tiny())
     planned, requests = zoo(checkpoint.shape)[:4], some_requests()
     whole = answer(planned, requests, NoJournal(), checkpoint)
-    groups = len(group_requests(requests, 40))
+    groups = len(pack(requests, 40))
     assert groups >= 5
     journal = Journal(lives=2 * 4 + 1)  # in the middle of the third group
     with pytest.raises(KeyboardInterrupt):
@@ -329,8 +318,7 @@ def test_a_killed_sweep_goes_on_where_it_was(small_groups, monkeypatch):
     journal.lives = math.inf
     progress = Progress()
     ran = []
-    original = Sweeper._answer
-    monkeypatch.setattr(Sweeper, "_answer", lambda self, *a: ran.append(1) or original(self, *a))
+    monkeypatch.setattr(sweep, "read_out", lambda *a: ran.append(1) or read_out(*a))
     resumed = answer(planned, requests, journal, checkpoint, progress=progress)
     assert resumed == whole
     assert len(ran) == groups * 4 - 9 == progress.done == progress.totals[0]

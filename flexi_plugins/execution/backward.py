@@ -10,39 +10,64 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flexi_plugins.execution.blocks import Blocks
+from flexi_plugins.execution.layout import lay_out
+from flexi_plugins.execution.schedule import Prefixes, build_trie
 from flexi_plugins.execution.sweep import Planned
 from flexi_plugins.hookspecs import GradientTrace, LinearTrace
 
 
 def backward_sweep(
-    blocks: Blocks, planned: Planned, samples: Tensor, observe: Callable[[GradientTrace], None]
+    blocks: Blocks,
+    planned: Planned,
+    samples: Tensor,
+    observe: Callable[[GradientTrace], None],
+    advance: Callable[[int], None] = lambda tokens: None,
 ) -> Tensor:
     """Visit the blocks of a plan in reverse with the gradients of every sample's mean next-token loss.
 
-    samples: (samples, tokens) ids. Returns the losses in nats per token, (samples,).
+    samples: (samples, tokens) ids. advance(tokens) reports the tokens of each block passed, forward or backward. Returns
+    the losses in nats per token, (samples,).
     """
-    plan, attached = planned.plan, planned.attached
-    inputs = []
-    with torch.no_grad():
-        hidden = blocks.embed(samples, plan.embedding_gain)
-        arguments = blocks.arguments(hidden)
-        for position in range(len(plan.blocks)):
-            inputs.append(hidden)
-            hidden = blocks.run(plan, position, attached, hidden, arguments)
-    losses, gradient = _loss(blocks, plan.final_norm_gain, hidden, samples)
-    for position in reversed(range(len(plan.blocks))):
-        gradient = _through_block(blocks, planned, position, inputs.pop(), gradient, arguments, observe)
+    plan, attached, states = planned.plan, planned.attached, blocks.states
+    count = len(plan.blocks)
+    nodes = build_trie([plan], Prefixes())
+    layout = lay_out(blocks, [plan], nodes, [samples.shape], True, True, training=True)
+    states.limit = layout.state_bytes
+    order = [*range(count), *reversed(range(count))]
+    hidden = blocks.embed(samples, plan.embedding_gain)
+    arguments = blocks.arguments(hidden)
+    gradient = losses = torch.empty(0)
+    try:
+        for visit in blocks.stream([blocks.needs(plan, p) for p in order], layout.weight_bytes):
+            position = order[visit]
+            if visit < count:
+                states.put(("backward", position), hidden)
+                with torch.no_grad():
+                    hidden = blocks.run(plan, position, attached, hidden, arguments)
+            if visit == count - 1:
+                losses, gradient = _loss(blocks, plan.final_norm_gain, hidden, samples)
+            if visit >= count:
+                entered = states.get(("backward", position), blocks.device)
+                gradient = _through_block(blocks, planned, position, entered, gradient, arguments, observe)
+                states.pop(("backward", position))
+            if not layout.roomy:
+                blocks.release(plan, position)
+            advance(samples.numel())
+    finally:
+        states.drop(lambda key: key[0] == "backward")
     return losses
 
 
 def _loss(blocks: Blocks, gain: float, hidden: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the samples' mean losses and the gradient of their sum, sample by sample: logits are large."""
     states = hidden.detach().requires_grad_()
-    logits = blocks.logits(states[:, :-1], gain)
-    token_losses = F.cross_entropy(logits.flatten(0, 1), samples[:, 1:].flatten().to(logits.device), reduction="none")
-    losses = token_losses.view(len(samples), -1).mean(1)
-    losses.sum().backward()
+    losses = []
+    for row, ids in zip(states, samples.to(states.device), strict=True):
+        loss = F.cross_entropy(blocks.logits(row[:-1], gain).float(), ids[1:])
+        loss.backward()
+        losses.append(loss.detach())
     assert states.grad is not None
-    return losses.detach(), states.grad
+    return torch.stack(losses), states.grad
 
 
 def _through_block(

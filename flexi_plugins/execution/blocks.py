@@ -1,8 +1,12 @@
-"""Builds the blocks of plans over one checkpoint and drives them as transformers' own model would."""
+"""Builds the blocks of plans over one checkpoint, reads their tensors ahead, and drives them as transformers would."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +16,8 @@ from transformers import MODEL_MAPPING
 
 from flexi_plugins.checkpoint import Checkpoint
 from flexi_plugins.data import PruningPlan
+from flexi_plugins.execution.schedule import Step, plan_reads
+from flexi_plugins.execution.states import States
 from flexi_plugins.modeling import BlockSpec, build_block
 from flexi_plugins.rewrite import Tensors, block_tensors, check_attached
 
@@ -29,12 +35,24 @@ class _Recorder(nn.Module):
 
 
 class Blocks:
-    """The pieces of all plans of one checkpoint, built once each: embedding, blocks by recipe, final norm, head."""
+    """The pieces of all plans of one checkpoint: embedding, blocks by recipe, final norm, head, and states between them.
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
-        self.checkpoint = checkpoint.resident()
+    memory: bytes that weights, states and working space may take together; None: no limit, and what was read stays.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        memory: int | None = None,
+    ) -> None:
+        self.checkpoint = checkpoint
         self.dtype = dtype
         self.device = torch.device(device)
+        self.memory = memory
+        self.states = States()
+        self.seconds: defaultdict[str, float] = defaultdict(float)  # where the time of sweeps went
         family, config = checkpoint.family, checkpoint.config
         with init_empty_weights(include_buffers=False):
             self._shell = MODEL_MAPPING[type(config)](config).eval()
@@ -44,20 +62,120 @@ class Blocks:
         setattr(self._shell, family.blocks, nn.ModuleList(_Recorder() for _ in blocks))
         setattr(self._shell, family.final_norm, nn.Identity())
         self._shell.to_empty(device="meta", recurse=False)
-        embedding, final, *head = (self._read(n) for n in checkpoint.outer_names())
+        self.sizes = {n: checkpoint.bytes_of([n]) for n in checkpoint.tensor_names()}  # as they are stored
+        self._like = {n: torch.empty(s, device="meta") for n, s in checkpoint.tensor_names().items()}
+        outer = [checkpoint.read(n) for n in checkpoint.outer_names()]
+        self._converted = outer[0].dtype != dtype  # blocks are then copies of what was read
+        embedding, final, *head = (t.to(self.device, dtype) for t in outer)
         self.embedding, self.head = embedding, head[0] if head else embedding
         norm.load_state_dict({"weight": final}, assign=True)
         self.final_norm = norm.requires_grad_(False)
+        self._held: dict[str, Tensor] = {}
+        self._names: dict[Any, tuple[str, ...]] = {}
         self._built: dict[Any, nn.Module] = {}
+        self._pool = ThreadPoolExecutor(1, "reading ahead")
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
-    def _read(self, name: str) -> Tensor:
-        return self.checkpoint.read(name).to(self.device, self.dtype)
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the seconds that this takes to a part of ``seconds``."""
+        start = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - start
+
+    @property
+    def held(self) -> frozenset[str]:
+        """Names of the checkpoint's tensors that are in memory now."""
+        return frozenset(self._held)
+
+    @property
+    def outer_bytes(self) -> int:
+        """Bytes of the embedding, the final norm and the head."""
+        return sum(t.nbytes for t in ({self.embedding, self.head} | set(self.final_norm.parameters())))
+
+    # -- reading
+
+    def needs(self, plan: PruningPlan, position: int) -> tuple[str, ...]:
+        """Return the names of the checkpoint's tensors that the block at a position is made of, a donor's included."""
+        key = plan.key(position)
+        if key not in self._names:
+            spec = BlockSpec.of_plan(plan)[position]
+            asked = dict.fromkeys(() if spec.shares is None else self.needs(plan, spec.shares))
+
+            def note(name: str) -> Tensor:
+                asked[name] = None
+                return self._like[name]
+
+            block_tensors(plan, position, self._reading(note), {})
+            self._names[key] = tuple(asked)
+        return self._names[key]
+
+    def stream(self, needs: Sequence[Sequence[str]], capacity: float) -> Iterator[int]:
+        """Yield 0, 1, ... with the tensors of each visit in memory, reading those of the next visit meanwhile."""
+        steps = plan_reads(needs, self._held, self.sizes, capacity)
+        coming = None
+        for index, step in enumerate(steps):
+            if coming is None:
+                self._drop(step.drop)
+                coming = self._pool.submit(self._load, step.load)
+            with self.timed("reading"):
+                self._held |= self._arrived(coming)
+            coming = self._ahead(steps[index + 1]) if index + 1 < len(steps) else None
+            try:
+                yield index
+            except GeneratorExit:
+                if coming is not None:
+                    coming.cancel()
+                raise
+
+    def _ahead(self, step: Step) -> Future[Any] | None:
+        if not step.ahead:
+            return None
+        self._drop(step.drop)
+        return self._pool.submit(self._load, step.load)
+
+    def _load(self, names: Iterable[str]) -> tuple[dict[str, Tensor], Any]:
+        """Read tensors; on a GPU they are copied in a stream of their own, and an event says when they are there."""
+        if self._stream is None:
+            return {n: self.checkpoint.read(n).to(self.device) for n in names}, None
+        with torch.cuda.stream(self._stream):
+            pinned = {n: self.checkpoint.read(n).pin_memory() for n in names}
+            tensors = {n: t.to(self.device, non_blocking=True) for n, t in pinned.items()}
+            return tensors, (self._stream.record_event(), pinned)
+
+    def _arrived(self, coming: Future[Any]) -> dict[str, Tensor]:
+        tensors, copying = coming.result()
+        if copying is not None:
+            event, _pinned = copying
+            torch.cuda.current_stream(self.device).wait_event(event)
+            for tensor in tensors.values():
+                tensor.record_stream(torch.cuda.current_stream(self.device))
+        return tensors
+
+    def _drop(self, names: Iterable[str]) -> None:
+        gone = set(names)
+        self._held = {n: t for n, t in self._held.items() if n not in gone}
+        if gone:
+            self._built = {k: m for k, m in self._built.items() if gone.isdisjoint(self._names[k])}
+
+    def _source(self, name: str) -> Tensor:
+        if name not in self._held:
+            self._held[name] = self.checkpoint.read(name).to(self.device)
+        return self._held[name]
+
+    def _reading(self, read: Callable[[str], Tensor]) -> Checkpoint:
+        known = self.checkpoint
+        return Checkpoint(known.name, known.config, known.family, read, known.folder)
+
+    # -- building
 
     def block(self, plan: PruningPlan, position: int, attached: Tensors) -> nn.Module:
         """Return the block at a position of a plan, built at its first use; equal recipes are one module."""
         key = plan.key(position)
         if key not in self._built:
-            self._built[key] = self._build(plan, position, attached)
+            self.needs(plan, position)
+            with self.timed("building"):
+                self._built[key] = self._build(plan, position, attached)
         return self._built[key]
 
     def _build(self, plan: PruningPlan, position: int, attached: Tensors) -> nn.Module:
@@ -66,27 +184,66 @@ class Blocks:
         donor = None if spec.shares is None else self.block(plan, spec.shares, attached)
         with init_empty_weights(include_buffers=False):
             block = build_block(self._block_class, self._shell.config, self.checkpoint.family, spec, 0, donor)
-        tensors = block_tensors(plan, position, self.checkpoint, attached)
+        tensors = block_tensors(plan, position, self._reading(self._source), attached)
         state = {n: t.to(self.device, self.dtype) for n, t in tensors.items()}
         block.load_state_dict(state, strict=True, assign=True)
         return block.eval().requires_grad_(False)
 
-    def keep_only(self, plans: list[PruningPlan]) -> None:
+    def release(self, plan: PruningPlan, position: int) -> None:
+        """Forget a built block whose tensors are copies; what it was made of stays."""
+        if self.copied_bytes(plan, position):
+            self._built.pop(plan.key(position), None)
+
+    def keep_only(self, plans: Sequence[PruningPlan]) -> None:
         """Forget the built blocks that none of these plans uses."""
         wanted = {p.key(i) for p in plans for i in range(len(p.blocks))}
         self._built = {k: v for k, v in self._built.items() if k in wanted}
+
+    def copied_bytes(self, plan: PruningPlan, position: int) -> int:
+        """Return the bytes that a built block takes beside the checkpoint's tensors it was made of."""
+        recipe = plan.blocks[position]
+        if recipe.whole is not None and not self._converted:
+            return 0
+        shape = plan.block_shape(recipe)
+        maps = 0 if recipe.shares is not None else sum(r * c for r, c in plan.shape.maps(shape).values())
+        own = maps + sum(plan.shape.vectors(shape).values()) + plan.adapter_parameters(recipe)
+        return own * self.dtype.itemsize
+
+    # -- running
 
     def embed(self, ids: Tensor, gain: float = 1.0) -> Tensor:
         """Return the residual stream (sequences, tokens, hidden) that enters the first block."""
         hidden = nn.functional.embedding(ids.to(self.device), self.embedding)
         return hidden * gain if gain != 1.0 else hidden
 
-    def arguments(self, hidden: Tensor) -> Mapping[str, Mapping[str, Any]]:
-        """Return what the model hands its blocks for states of this shape (mask, positions, rotary): by attention type."""
-        self._shell(inputs_embeds=hidden, use_cache=False)
+    def arguments(
+        self, hidden: Tensor, positions: Tensor | None = None, visible: Tensor | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """Return what the model hands its blocks for states of this shape (mask, positions, rotary): by attention type.
+
+        positions: (rows, tokens), default 0, 1, ...; visible: (rows, tokens, tokens) bool, which tokens (last) each
+        token sees; default causal. Sliding windows are taken off what is visible here, since the model leaves a mask
+        that it is given as it is.
+        """
+        given: dict[str, Any] = {}
+        if visible is not None:
+            assert positions is not None
+            positions, visible = positions.to(self.device), visible.to(self.device)
+            given = {"position_ids": positions, "attention_mask": self._mask(visible)}
+        self._shell(inputs_embeds=hidden, use_cache=False, **given)
         recorders = getattr(self._shell, self.checkpoint.family.blocks)
         shapes = self.checkpoint.shape.blocks
-        return {s.attention_type: r.kwargs for s, r in zip(shapes, recorders, strict=True)}
+        arguments = {s.attention_type: dict(r.kwargs) for s, r in zip(shapes, recorders, strict=True)}
+        if visible is not None and "sliding_attention" in arguments:
+            assert positions is not None
+            near = positions[:, :, None] - positions[:, None, :] < self._shell.config.sliding_window
+            arguments["sliding_attention"]["attention_mask"] = self._mask(visible & near)
+        return arguments
+
+    def _mask(self, visible: Tensor) -> Tensor:
+        """Return an additive mask (rows, 1, tokens, tokens), which every attention implementation understands."""
+        mask = torch.zeros(visible.shape, dtype=self.dtype, device=visible.device)
+        return mask.masked_fill_(~visible, torch.finfo(self.dtype).min)[:, None]
 
     def run(
         self, plan: PruningPlan, position: int, attached: Tensors, hidden: Tensor, arguments: Mapping[str, Any]
@@ -95,7 +252,11 @@ class Blocks:
         kind = plan.block_shape(plan.blocks[position]).attention_type
         return self.block(plan, position, attached)(hidden, **arguments[kind])
 
-    def logits(self, hidden: Tensor, gain: float = 1.0) -> Tensor:
-        """Return float32 logits (..., vocabulary) of final residual states (..., hidden)."""
+    def normed(self, hidden: Tensor, gain: float = 1.0) -> Tensor:
+        """Return what the head is applied to, from final residual states (..., hidden)."""
         normed = self.final_norm(hidden)
-        return nn.functional.linear(normed * gain if gain != 1.0 else normed, self.head).float()
+        return normed * gain if gain != 1.0 else normed
+
+    def logits(self, hidden: Tensor, gain: float = 1.0) -> Tensor:
+        """Return logits (..., vocabulary) of final residual states (..., hidden), in the compute dtype."""
+        return nn.functional.linear(self.normed(hidden, gain), self.head)

@@ -1,13 +1,15 @@
-"""One sweep over token batches for any number of plans: equal prefixes are computed once, answers come batch by batch.
+"""One sweep over token batches for any number of plans: equal prefixes are computed once, each weight is read once.
 
-Plans are sequences of recipes, so a set of plans is a trie of blocks. A batch's hidden states flow down the trie depth
-first; the only states alive are those of the branches still to be taken.
+Plans are sequences of recipes, so a set of plans is a trie of blocks. Batches run in groups; a group passes the blocks
+of the trie in source order, and the only states alive are those that a block still has to take. Answers come group by
+group. How much memory weights and states get, and so how large a group is, is laid out before anything runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
@@ -16,9 +18,13 @@ from torch import Tensor
 from flexi_plugins.data import PruningPlan
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.execution.blocks import Blocks
+from flexi_plugins.execution.layout import Layout, lay_out
+from flexi_plugins.execution.readout import Answer, Batch, read_out
+from flexi_plugins.execution.schedule import Node, Prefixes, build_trie
 from flexi_plugins.rewrite import Tensors
 
-HEAD_ROWS = 512  # positions per application of the head: 512 x 49,152 float32 logits are 100 MB
+Answers = dict[int, list[Answer]]
+Hook = Callable[[int, int, Tensor, Mapping[str, Any]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,81 +40,52 @@ class Planned:
             raise FlexiError(f"plan: attached tensor {min(unnamed)!r} has no digest in the plan; see with_digests")
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Token rows run together. ids: (rows, tokens), padded at the end. reads: where log-probabilities are wanted.
+class Sweeper:
+    """Runs sweeps over one checkpoint's blocks; ``say`` is told what will be read where not everything fits in memory.
 
-    A read is (row, first, targets): the log-probabilities of ``targets`` given everything before them, the first of
-    them predicted at position ``first`` of the row.
+    broken: plan index -> position of the first block of the last sweep whose states were not finite.
     """
 
-    ids: Tensor
-    reads: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
+    _numbers = count()
 
-
-@dataclass
-class Node:
-    """One block of the trie, the plan it was first seen in, the plans that end with it and the blocks that may follow."""
-
-    prefix: int
-    owner: int
-    position: int
-    children: dict[Any, Node] = field(default_factory=dict)
-    ends: list[int] = field(default_factory=list)
-
-
-Answers = dict[int, list[tuple[float, bool]]]
-Hook = Callable[[int, int, Tensor, Mapping[str, Any]], Tensor]
-
-
-class Prefixes:
-    """Numbers every distinct sequence of blocks; equal sequences have equal numbers, also between sweeps."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[Any, int] = {}
-
-    def number(self, parent: int, key: Any) -> int:
-        """Return the number of the sequence that is ``parent``'s followed by the block ``key``."""
-        return self._numbers.setdefault((parent, key), len(self._numbers) + 1)
-
-    def of(self, plan: PruningPlan) -> list[int]:
-        """Return the number before every block of a plan, and after the last."""
-        numbers = [self.number(0, plan.embedding_gain)]
-        for position in range(len(plan.blocks)):
-            numbers.append(self.number(numbers[-1], plan.key(position)))
-        return numbers
-
-
-def build_trie(plans: Sequence[PruningPlan], prefixes: Prefixes) -> list[Node]:
-    """Return the roots (one per embedding gain) of the trie of plans; a root stands before the first block."""
-    roots: dict[float, Node] = {}
-    for index, plan in enumerate(plans):
-        numbers = prefixes.of(plan)
-        node = roots.setdefault(plan.embedding_gain, Node(numbers[0], index, -1))
-        for position in range(len(plan.blocks)):
-            fresh = Node(numbers[position + 1], index, position)
-            node = node.children.setdefault(plan.key(position), fresh)
-        node.ends.append(index)
-    return list(roots.values())
-
-
-def count_blocks(plans: Sequence[PruningPlan]) -> tuple[int, int]:
-    """Return how many blocks a sweep of these plans runs, and how many they would run one by one."""
-    stack, shared = build_trie(plans, Prefixes()), 0
-    while stack:
-        node = stack.pop()
-        shared += len(node.children)
-        stack += node.children.values()
-    return shared, sum(len(p.blocks) for p in plans)
-
-
-class Sweeper:
-    """Runs sweeps over one checkpoint's blocks. ``keep``: residual states kept between sweeps by (batch, prefix)."""
-
-    def __init__(self, blocks: Blocks) -> None:
+    def __init__(self, blocks: Blocks, say: Callable[[str], None] = lambda text: None) -> None:
         self.blocks = blocks
+        self.say = say
         self.prefixes = Prefixes()
-        self.keep: dict[tuple[int, int], Tensor] = {}
+        self.broken: dict[int, int] = {}
+        self._number = next(self._numbers)
+        self.kept_states: set[tuple[int, int]] = set()  # (batch, prefix) of states that outlive their sweep
+
+    # -- states
+
+    def put(self, batch: int, prefix: int, states: Tensor, keep: bool) -> None:
+        """Store the states behind a sequence of blocks; those to keep outlive the sweep."""
+        self.blocks.states.put((self._number, batch, prefix), states)
+        if keep:
+            self.kept_states.add((batch, prefix))
+
+    def stored(self, batch: int, prefix: int) -> Tensor:
+        """Return the states behind a sequence of blocks that are stored."""
+        return self.blocks.states.get((self._number, batch, prefix), self.blocks.device)
+
+    def drop(self, batch: int, prefix: int) -> None:
+        """Forget the states behind a sequence of blocks."""
+        self.blocks.states.pop((self._number, batch, prefix))
+
+    def forget(self, unwanted: Callable[[int], bool]) -> None:
+        """Forget kept states behind the sequences of blocks that are unwanted, and all states that are not kept."""
+        self.kept_states = {k for k in self.kept_states if not unwanted(k[1])}
+        self.blocks.states.drop(lambda key: key[0] == self._number and key[1:] not in self.kept_states)
+
+    # -- sweeping
+
+    def layout(
+        self, planned: Sequence[Planned], batches: Sequence[Batch], keep: bool = False, observed: bool = False
+    ) -> Layout:
+        """Return how a sweep would use the memory: what is read how often, and which batches run together."""
+        plans = [p.plan for p in planned]
+        nodes = build_trie(plans, self.prefixes)
+        return lay_out(self.blocks, plans, nodes, [b.ids.shape for b in batches], keep, observed)
 
     def sweep(
         self,
@@ -119,67 +96,138 @@ class Sweeper:
         wanted: Callable[[int, int], bool] = lambda batch, plan: True,
         advance: Callable[[int], None] = lambda tokens: None,
     ) -> Iterator[tuple[int, Answers]]:
-        """Yield (batch index, plan index -> one (log-probability, greedy) a read) batch by batch.
+        """Yield (batch index, plan index -> one (log-probability, greedy) a read), group of batches by group.
 
-        wanted(batch, plan) leaves out what is answered already. hook(plan, position, states, arguments) runs a block in
-        the place of the engine, to observe it. keep: store the states that leave every block, and take stored states
-        instead of running a block where there are any. advance(tokens) reports the tokens of each block passed.
+        wanted(batch, plan) leaves out what is answered already. hook(batch, position, states, arguments) runs a block in
+        the place of the engine, to observe it. keep: the states behind every block outlive the sweep; kept states are
+        taken instead of running a block wherever there are any, so batches of equal index must have equal tokens.
+        advance(tokens) reports the tokens of each block passed.
         """
-        for index, batch in enumerate(batches):
-            chosen = [i for i in range(len(planned)) if wanted(index, i)]
-            if chosen:
+        asked = {b: {p for p in range(len(planned)) if wanted(b, p)} for b in range(len(batches))}
+        asked = {b: plans for b, plans in asked.items() if plans}
+        if not asked:
+            return
+        self.broken = {}
+        used = set().union(*asked.values())
+        nodes = [n for n in build_trie([p.plan for p in planned], self.prefixes) if not n.plans.isdisjoint(used)]
+        order = list(asked)
+        shapes = [batches[b].ids.shape for b in order]
+        layout = lay_out(self.blocks, [p.plan for p in planned], nodes, shapes, keep, hook is not None)
+        if layout.streamed:
+            self.say(str(layout))
+        self.blocks.states.limit = layout.state_bytes
+        for indices in layout.groups:
+            group = _Group(
+                self, planned, nodes, {order[i]: (batches[order[i]], asked[order[i]]) for i in indices}, keep
+            )
+            try:
                 with torch.no_grad():
-                    local = self._batch([planned[i] for i in chosen], index, batch, hook, keep, advance)
-                yield index, {chosen[i]: answer for i, answer in local.items()}
+                    group.run(layout, hook, advance)
+            finally:
+                self.forget(lambda prefix: False)
+            yield from group.answers.items()
 
-    def _batch(
+
+class _Group:
+    """One group of batches on its way through the trie. Batches go by their number, states by (batch, prefix)."""
+
+    def __init__(
         self,
+        sweeper: Sweeper,
         planned: Sequence[Planned],
-        index: int,
-        batch: Batch,
-        hook: Hook | None,
+        nodes: Sequence[Node],
+        batches: Mapping[int, tuple[Batch, set[int]]],
         keep: bool,
-        advance: Callable[[int], None],
-    ) -> Answers:
-        stack: list[tuple[Node, Tensor]] = []
-        for root in build_trie([p.plan for p in planned], self.prefixes):
-            hidden = self.blocks.embed(batch.ids, planned[root.owner].plan.embedding_gain)
-            stack += [(child, hidden) for child in root.children.values()]
-        arguments = self.blocks.arguments(stack[0][1])
-        answers: Answers = {}
-        while stack:
-            node, hidden = stack.pop()
-            states = self.keep.get((index, node.prefix)) if keep else None
-            if states is None:
-                states = self._run(planned[node.owner], node, hidden, arguments, hook)
-            if keep:
-                self.keep[index, node.prefix] = states
+    ) -> None:
+        self.sweeper, self.blocks, self.planned, self.keep = sweeper, sweeper.blocks, planned, keep
+        self.batches = {b: batch for b, (batch, _) in batches.items()}
+        self.asked = {b: plans for b, (_, plans) in batches.items()}
+        self.answers: dict[int, Answers] = {b: {} for b in batches}
+        self._lost: set[tuple[int, int]] = set()  # states that are not finite
+        self._arguments: dict[int, Mapping[str, Any]] = {}
+        self._todo = {b: self._required(b, nodes) for b in batches}
+        self._waiting = {(b, n.prefix): self._followers(b, n) for b in batches for n in nodes}
+        self.nodes = [n for n in nodes if any(self._visits(b, n) for b in batches)]
+
+    def _required(self, batch: int, nodes: Sequence[Node]) -> set[int]:
+        """Return the prefixes that have to be run: what leads to wanted answers or states, behind the kept states."""
+        required: set[int] = set()
+        for node in reversed(nodes):  # children come before their parents
+            asked = not node.plans.isdisjoint(self.asked[batch])
+            used = self.keep or bool(node.ends) or any(c.prefix in required for c in node.children)
+            if asked and used and (batch, node.prefix) not in self.sweeper.kept_states:
+                required.add(node.prefix)
+        return required
+
+    def _followers(self, batch: int, node: Node) -> int:
+        return sum(child.prefix in self._todo[batch] for child in node.children)
+
+    def _visits(self, batch: int, node: Node) -> bool:
+        return node.prefix in self._todo[batch] or not self.asked[batch].isdisjoint(node.ends)
+
+    def run(self, layout: Layout, hook: Hook | None, advance: Callable[[int], None]) -> None:
+        """Visit the blocks in order, each with all batches; answers are read where plans end."""
+        owners = [self.planned[n.owner] for n in self.nodes]
+        keys = [o.plan.key(n.position) for o, n in zip(owners, self.nodes, strict=True)]
+        runs = [any(n.prefix in todo for todo in self._todo.values()) for n in self.nodes]
+        needs = [
+            self.blocks.needs(o.plan, n.position) if r else () for o, n, r in zip(owners, self.nodes, runs, strict=True)
+        ]
+        for index in self.blocks.stream(needs, layout.weight_bytes):
+            node = self.nodes[index]
+            for number, batch in self.batches.items():
+                if self._visits(number, node):
+                    self._visit(node, number, batch, hook, advance)
+            if not layout.roomy and keys[index] not in keys[index + 1 : index + 2]:
+                self.blocks.release(owners[index].plan, node.position)
+
+    def _visit(self, node: Node, number: int, batch: Batch, hook: Hook | None, advance: Callable[[int], None]) -> None:
+        place = number, node.prefix
+        if node.prefix in self._todo[number]:
+            states = self._run(node, number, batch, hook)
             advance(batch.ids.numel())
-            for plan_index in node.ends:
-                answers[plan_index] = self._answer(planned[plan_index].plan, states, batch)
-            stack += [(child, states) for child in node.children.values()]
-        return answers
+        else:
+            states = self.sweeper.stored(*place)
+        for index in node.ends:
+            if index in self.asked[number]:
+                self.answers[number][index] = self._answer(index, batch, states)
+        if states is None:
+            self._lost.add(place)
+        elif node.prefix in self._todo[number] and (self.keep or self._waiting[place]):
+            self.sweeper.put(number, node.prefix, states, self.keep)
 
-    def _run(
-        self, planned: Planned, node: Node, hidden: Tensor, arguments: Mapping[str, Any], hook: Hook | None
-    ) -> Tensor:
-        if hook is not None:
-            return hook(node.owner, node.position, hidden, arguments)
-        return self.blocks.run(planned.plan, node.position, planned.attached, hidden, arguments)
+    def _run(self, node: Node, number: int, batch: Batch, hook: Hook | None) -> Tensor | None:
+        """Return the states behind a block; None where they are not finite, or were not in front of it."""
+        if (number, node.before) in self._lost:
+            return None
+        hidden = self._entering(node, number, batch)
+        if number not in self._arguments:
+            self._arguments[number] = self.blocks.arguments(hidden, batch.positions, batch.visible)
+        arguments, owner = self._arguments[number], self.planned[node.owner]
+        self.blocks.block(owner.plan, node.position, owner.attached)
+        with self.blocks.timed("blocks"):
+            if hook is not None:
+                states = hook(number, node.position, hidden, arguments)
+            else:
+                states = self.blocks.run(owner.plan, node.position, owner.attached, hidden, arguments)
+            finite = bool(states.sum().isfinite())
+        if not finite:
+            for index in node.plans:
+                self.sweeper.broken[index] = min(node.position, self.sweeper.broken.get(index, node.position))
+        return states if finite else None
 
-    def _answer(self, plan: PruningPlan, hidden: Tensor, batch: Batch) -> list[tuple[float, bool]]:
-        if not batch.reads:
-            return []
-        rows = [torch.full((len(t),), r) for r, _, t in batch.reads]
-        columns = [torch.arange(f, f + len(t)) for _, f, t in batch.reads]
-        states = hidden[torch.cat(rows), torch.cat(columns)]  # (reads, hidden)
-        targets = torch.tensor([x for _, _, t in batch.reads for x in t], device=hidden.device)
-        scores, greedy = [], []
-        for start in range(0, len(targets), HEAD_ROWS):
-            logits = self.blocks.logits(states[start : start + HEAD_ROWS], plan.final_norm_gain)
-            wanted = targets[start : start + HEAD_ROWS]
-            scores.append(logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(-1))
-            greedy.append(logits.argmax(-1) == wanted)
-        lengths = [len(t) for _, _, t in batch.reads]
-        sums = [float(s.sum()) for s in torch.cat(scores).split(lengths)]
-        return list(zip(sums, (bool(g.all()) for g in torch.cat(greedy).split(lengths)), strict=True))
+    def _entering(self, node: Node, number: int, batch: Batch) -> Tensor:
+        if node.parent is None:
+            return self.blocks.embed(batch.ids, self.planned[node.owner].plan.embedding_gain)
+        place = number, node.before
+        states = self.sweeper.stored(*place)
+        self._waiting[place] -= 1
+        if not self._waiting[place] and place not in self.sweeper.kept_states:
+            self.sweeper.drop(*place)
+        return states
+
+    def _answer(self, index: int, batch: Batch, states: Tensor | None) -> list[Answer]:
+        if states is None:
+            return [(float("nan"), False)] * len(batch.reads)
+        with self.blocks.timed("head"):
+            return read_out(self.blocks, batch, states, self.planned[index].plan.final_norm_gain)

@@ -1,0 +1,77 @@
+"""Log-probabilities where they are read: the head is applied to the positions that are asked about and no others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from flexi_plugins.execution.blocks import Blocks
+
+HEAD_ROWS = 128  # positions per application of the head: 128 x 49,152 logits stay in the cache
+
+Read = tuple[int, Sequence[int], Sequence[int]]
+Answer = tuple[float, bool]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token rows run together. ids: (rows, tokens), padded at the end. reads: where log-probabilities are wanted.
+
+    A read is (row, columns, targets): the log-probabilities of ``targets``, each given what its column of the row sees.
+    Packed rows hold tries of tokens in preorder: positions (rows, tokens) are depths, and token j is seen by the tokens
+    i with j <= i < ends[j]; None: every row is one sequence.
+    """
+
+    ids: Tensor
+    reads: Sequence[Read] = ()
+    positions: Tensor | None = None
+    ends: Tensor | None = None
+
+    @property
+    def visible(self) -> Tensor | None:
+        """Which tokens (last) every token of a packed row sees: (rows, tokens, tokens) bool."""
+        if self.ends is None:
+            return None
+        index = torch.arange(self.ids.shape[1])
+        return (index[None, :] <= index[:, None]) & (index[:, None] < self.ends[:, None, :])
+
+    @cached_property
+    def places(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows and columns of the distinct positions that are read; position and target of every token that is."""
+        flat = [(row, c, t) for row, columns, targets in self.reads for c, t in zip(columns, targets, strict=True)]
+        table = torch.tensor(flat, dtype=torch.long).view(-1, 3)
+        distinct, inverse = torch.unique(table[:, :2], dim=0, return_inverse=True)
+        return distinct[:, 0], distinct[:, 1], inverse, table[:, 2]
+
+
+def read_out(blocks: Blocks, batch: Batch, states: Tensor, gain: float) -> list[Answer]:
+    """Return for every read the summed log-probability of its targets, and whether each is the most probable token.
+
+    states: (rows, tokens, hidden), the residual stream behind the last block; gain: factor on the final norm.
+    """
+    if not batch.reads:
+        return []
+    rows, columns, place, targets = batch.places
+    chosen = states[rows.to(states.device), columns.to(states.device)]
+    scores, greedy = torch.empty(len(place)), torch.empty(len(place), dtype=torch.bool)
+    for start in range(0, len(chosen), HEAD_ROWS):
+        logits = blocks.logits(chosen[start : start + HEAD_ROWS], gain)
+        inside = (place >= start) & (place < start + HEAD_ROWS)
+        found = _scored(logits, (place[inside] - start).to(logits.device), targets[inside].to(logits.device))
+        scores[inside], greedy[inside] = (x.cpu() for x in found)
+    lengths = [len(targets) for _, _, targets in batch.reads]
+    sums = [float(s.sum()) for s in scores.split(lengths)]
+    return list(zip(sums, (bool(g.all()) for g in greedy.split(lengths)), strict=True))
+
+
+def _scored(logits: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log-probability (float32) and greediness of targets; of equal logits the first is the greedy one."""
+    picked, best = logits[rows, targets], logits.amax(-1)
+    normaliser = (logits.float() - best.float()[:, None]).exp_().sum(-1).log_() + best.float()
+    greedy = picked == best[rows]
+    greedy[greedy.clone()] = logits[rows[greedy]].argmax(-1) == targets[greedy]
+    return picked.float() - normaliser[rows], greedy

@@ -1,0 +1,76 @@
+"""Where models run: the device, the compute dtype it has, and how much memory weights and hidden states may take."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from flexi_plugins.errors import FlexiError, unknown
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16")
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+FREE_SHARE = 0.7  # of what is free, taken where no limit is given
+
+
+@dataclass(frozen=True)
+class Machine:
+    """device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1". memory: bytes that the process may take.
+
+    On a GPU memory is that of the GPU. None: most of what is free.
+    """
+
+    device: str = "auto"
+    memory: int | None = None
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device; raise where torch does not know it or has none."""
+        import torch
+
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).split("\n")[0]
+            raise FlexiError(f"device {self.device!r}: expected cpu or a GPU that torch can use: {reason}") from None
+        return device
+
+    def dtype(self, name: str = "auto") -> torch.dtype:
+        """Return the compute dtype of a name; auto: bfloat16 where the device multiplies it natively, else float32."""
+        import torch
+
+        if name != "auto":
+            if name not in DTYPES:
+                raise FlexiError(unknown("dtype", name, ["auto", *DTYPES]))
+            return getattr(torch, name)
+        if self.torch_device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:  # no public query exists
+            native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if native else torch.float32
+
+    def left(self) -> int:
+        """Return the bytes that weights, hidden states and working space may take from now on."""
+        import psutil
+        import torch
+
+        if self.torch_device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.torch_device)[0]
+            used = torch.cuda.memory_allocated(self.torch_device)
+        else:
+            free, used = psutil.virtual_memory().available, psutil.Process().memory_info().rss
+        return int(free * FREE_SHARE) if self.memory is None else self.memory - used
+
+
+def parse_memory(text: str) -> int:
+    """Return the bytes of a size such as 4GiB, 512MiB or 16GB."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", text.lower())
+    if not found or not float(found[1]):
+        raise FlexiError(f"memory {text!r}: expected a size such as 4GiB or 512MiB")
+    return int(float(found[1]) * UNITS[found[2] or ""])

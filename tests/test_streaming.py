@@ -1,0 +1,298 @@
+"""Little memory: blocks read when they are needed, states spilled, batches in groups; the numbers stay the same."""
+
+from __future__ import annotations
+
+import errno
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_sweep import Journal, Progress, some_requests, zoo
+from tiny import attached_for, change, family_of, opened, sharing, tiny, tokens
+
+from flexi_plugins.calibration import Calibrator
+from flexi_plugins.checkpoint import Checkpoint
+from flexi_plugins.data import BlockRecipe, Part, PruningPlan, Statistics
+from flexi_plugins.errors import FlexiError
+from flexi_plugins.execution import layout as layouts
+from flexi_plugins.execution import likelihoods as likelihoods_
+from flexi_plugins.execution import states as spilling
+from flexi_plugins.execution.blocks import Blocks
+from flexi_plugins.execution.layout import Layout
+from flexi_plugins.execution.likelihoods import likelihoods
+from flexi_plugins.execution.readout import Answer, Batch
+from flexi_plugins.execution.states import States
+from flexi_plugins.execution.sweep import Planned, Sweeper
+from flexi_plugins.metrics import come, flexigpt, saap
+from flexi_plugins.rewrite import with_digests, write_checkpoint
+
+STATISTICS = {s.name: s for module in (come, flexigpt, saap) for s in module.statistics()}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint on disk."""
+    checkpoint = opened(tiny("qwen2-mixed"))
+    write_checkpoint(PruningPlan.identity(checkpoint.shape), checkpoint, None, tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture(autouse=True)
+def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layouts, "GROUP_TOKENS", 16)
+
+
+def open_folder(folder: Path) -> Checkpoint:
+    return Checkpoint.from_folder(folder, family_of)
+
+
+def batches(count: int = 4) -> list[Batch]:
+    ids = [tokens(2, 8, seed=n) for n in range(count)]
+    return [Batch(i, [(0, (2, 3), (1, 2)), (1, (7,), (5,))]) for i in ids]
+
+
+def least(blocks: Callable[[int], Blocks], run: Callable[[Blocks], object]) -> int:
+    """Return the least memory that works, as the error says."""
+    with pytest.raises(FlexiError, match="too small for one block and one batch") as caught:
+        run(blocks(1000))
+    found = re.search(r"at least ([\d.]+) MiB", str(caught.value))
+    assert found
+    return math.ceil((float(found[1]) + 0.01) * 2**20)
+
+
+def swept(blocks: Blocks, planned: list[Planned], count: int = 4) -> dict[int, dict[int, list[Answer]]]:
+    return dict(Sweeper(blocks).sweep(planned, batches(count)))
+
+
+# ------------------------------------------------------------------------------------------------ the same numbers
+
+
+@pytest.mark.parametrize("extra", [0, 20_000, 60_000, 150_000, 10_000_000])
+def test_any_memory_gives_the_same_answers_and_reads_what_was_announced(folder: Path, extra: int) -> None:
+    planned = zoo(open_folder(folder).shape)
+    expected = swept(Blocks(open_folder(folder)), planned)
+    memory = least(lambda m: Blocks(open_folder(folder), memory=m), lambda b: swept(b, planned)) + extra
+    checkpoint = open_folder(folder)
+    said: list[str] = []
+    sweeper = Sweeper(Blocks(checkpoint, memory=memory), said.append)
+    before = checkpoint.bytes_read
+    layout = sweeper.layout(planned, batches())
+    assert dict(sweeper.sweep(planned, batches())) == expected
+    assert checkpoint.bytes_read - before == layout.reads
+    assert said == ([str(layout)] if layout.streamed else [])
+    assert sweeper.blocks.states.held == 0, "no state outlives the sweep"
+
+
+def test_the_tightest_memory_runs_several_groups_and_spills(folder: Path) -> None:
+    planned = zoo(open_folder(folder).shape)
+    memory = least(lambda m: Blocks(open_folder(folder), memory=m), lambda b: swept(b, planned))
+    blocks = Blocks(open_folder(folder), memory=memory)
+    layout = Sweeper(blocks).layout(planned, batches())
+    assert layout.streamed
+    assert len(layout.groups) == 4
+    swept(blocks, planned)
+    assert blocks.states.spilled > 0
+
+
+def ascending(checkpoint: Checkpoint) -> list[Planned]:
+    shape = checkpoint.shape
+    whole = PruningPlan.identity(shape)
+    narrow = change(whole, {2: BlockRecipe(parts=(Part(2, (0, 1), (0, 3, 5)),))})
+    both = BlockRecipe(parts=(Part(2, (0, 1)), Part(4, (2, 3))))
+    merged = PruningPlan(shape, (*whole.blocks[:2], both))
+    return [Planned(p) for p in (whole, narrow, merged, PruningPlan.keep(shape, [0, 2, 4]))]
+
+
+def streamed(folder: Path, planned: list[Planned], room: float = 0.0) -> tuple[Checkpoint, Layout]:
+    """Sweep with memory for one group of batches and for some, but not all, of the weights."""
+    checkpoint = open_folder(folder)
+    memory = least(lambda m: Blocks(open_folder(folder), memory=m), lambda b: swept(b, planned))
+    blocks = Blocks(checkpoint, memory=memory + int(room * sum(Blocks(checkpoint).sizes.values())))
+    before = checkpoint.bytes_read
+    layout = Sweeper(blocks).layout(planned, batches(1))
+    swept(blocks, planned, 1)
+    assert layout.streamed
+    assert checkpoint.bytes_read - before == layout.reads
+    return checkpoint, layout
+
+
+def test_plans_whose_sources_ascend_read_each_tensor_once(folder: Path) -> None:
+    checkpoint = open_folder(folder)
+    inner = set(checkpoint.tensor_names()) - set(checkpoint.outer_names())
+    _, layout = streamed(folder, ascending(checkpoint), 0.25)
+    assert layout.passes == 1
+    assert layout.reads == checkpoint.bytes_of(inner)
+
+
+def test_other_plans_read_again_what_no_memory_is_left_for(folder: Path) -> None:
+    shape = open_folder(folder).shape
+    backwards = Planned(PruningPlan.keep(shape, [4, 3, 2, 1, 0]))
+    checkpoint, layout = streamed(folder, [Planned(PruningPlan.identity(shape)), backwards])
+    inner = set(checkpoint.tensor_names()) - set(checkpoint.outer_names())
+    assert layout.passes == 5
+    assert checkpoint.bytes_of(inner) < layout.reads <= 2 * checkpoint.bytes_of(inner)
+
+
+def test_a_donor_is_kept_where_there_is_room_for_it(folder: Path) -> None:
+    checkpoint = open_folder(folder)
+    shared = [
+        Planned(*attached_for(sharing(checkpoint.shape, {4: 0}))),
+        Planned(PruningPlan.identity(checkpoint.shape)),
+    ]
+    inner = set(checkpoint.tensor_names()) - set(checkpoint.outer_names())
+    assert streamed(folder, shared)[1].reads > checkpoint.bytes_of(inner)
+    assert streamed(folder, shared, 0.35)[1].reads == checkpoint.bytes_of(inner)
+
+
+def test_in_bfloat16_and_from_a_model_in_memory_too(folder: Path) -> None:
+    model = tiny("llama")
+    planned = zoo(opened(model).shape)
+    expected = swept(Blocks(opened(model), torch.bfloat16), planned)
+    memory = least(lambda m: Blocks(opened(model), torch.bfloat16, memory=m), lambda b: swept(b, planned))
+    assert swept(Blocks(opened(model), torch.bfloat16, memory=memory), planned) == expected
+
+
+# ------------------------------------------------------------------------------------------------ statistics
+
+
+def calibrated(blocks: Blocks) -> tuple[Calibrator, Statistics]:
+    calibrator = Calibrator(blocks, tokens(6, 8), tokens(3, 8, seed=1), STATISTICS, rows=2)
+    plan = Planned(PruningPlan.identity(blocks.checkpoint.shape))
+    return calibrator, calibrator.statistics(plan, STATISTICS)
+
+
+@pytest.mark.parametrize("extra", [0, 50_000])
+def test_statistics_of_little_memory_are_those_of_the_whole_model_in_memory(folder: Path, extra: int) -> None:
+    _, expected = calibrated(Blocks(opened(tiny("qwen2-mixed"))))
+    memory = least(lambda m: Blocks(open_folder(folder), memory=m), calibrated)
+    while True:  # the backward pass needs a little more than the forward pass, and says so
+        try:
+            calibrator, found = calibrated(Blocks(open_folder(folder), memory=memory + extra))
+            break
+        except FlexiError as error:
+            memory = math.ceil((float(re.search(r"at least ([\d.]+) MiB", str(error))[1]) + 0.01) * 2**20)  # type: ignore[index]
+    for name in STATISTICS:
+        for quantity, blocks in expected[name].items():
+            for ours, theirs in zip(found[name][quantity], blocks, strict=True):
+                assert torch.allclose(ours, theirs, rtol=1e-5, atol=0), (name, quantity)
+    assert calibrator.blocks.states.spilled > 0
+
+
+def test_candidates_take_up_the_kept_states(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drop-one probe of every block costs half of running each alone, beside the dense model's pass."""
+    calibrator, _ = calibrated(Blocks(open_folder(folder)))
+    shape = open_folder(folder).shape
+    plans = [Planned(PruningPlan.keep(shape, [i for i in range(5) if i != gone])) for gone in range(5)]
+    runs: list[int] = []
+    original = Blocks.run
+    monkeypatch.setattr(Blocks, "run", lambda self, *a: runs.append(a[1]) or original(self, *a))
+    found = calibrator.losses(plans)
+    assert len(runs) == 3 * (4 + 3 + 2 + 1), "of three batches only what follows the missing block"
+    fresh = Calibrator(Blocks(open_folder(folder)), tokens(6, 8), tokens(3, 8, seed=1), STATISTICS, rows=2)
+    assert fresh.losses(plans) == found
+
+
+# ------------------------------------------------------------------------------------------------ what goes wrong
+
+
+def test_too_little_memory_says_the_least_that_works(folder: Path) -> None:
+    plan = [Planned(PruningPlan.identity(open_folder(folder).shape))]
+    memory = least(lambda m: Blocks(open_folder(folder), memory=m), lambda b: swept(b, plan))
+    swept(Blocks(open_folder(folder), memory=memory), plan)
+    with pytest.raises(FlexiError, match="too small"):
+        swept(Blocks(open_folder(folder), memory=memory - 20_000), plan)
+
+
+class FullDisk:
+    """A file on a disk that is full."""
+
+    def seek(self, *_: int) -> int:
+        return 0
+
+    def write(self, _: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_full_disk_is_an_error_that_says_what_to_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = zoo(open_folder(folder).shape)
+    memory = least(lambda m: Blocks(open_folder(folder), memory=m), lambda b: swept(b, planned))
+    blocks = Blocks(open_folder(folder), memory=memory)
+    monkeypatch.setattr(spilling.tempfile, "TemporaryFile", lambda **_: FullDisk())
+    with pytest.raises(
+        FlexiError, match=r"expected room to spill .* No space left on device; free some there, point TMPDIR"
+    ):
+        swept(blocks, planned)
+    assert blocks.states.held == 0
+
+
+def test_spilled_states_leave_no_file_behind(tmp_path: Path) -> None:
+    states = States(100, str(tmp_path))
+    for number in range(5):
+        states.put(number, torch.full((20,), float(number)))
+    assert [float(states.get(n)[0]) for n in range(5)] == [0, 1, 2, 3, 4]
+    states.pop(3)
+    states.put(7, torch.full((20,), 7.0))
+    assert [float(states.get(n)[0]) for n in (7, 0, 4, 2)] == [7, 0, 4, 2]
+    assert (states.held, states.spilled) == (80, 5 * 80)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_shard_that_changes_during_a_sweep_is_an_error_and_what_was_answered_stays(folder: Path) -> None:
+    checkpoint = open_folder(folder)
+    planned = zoo(checkpoint.shape)[:2]
+    memory = least(lambda m: Blocks(open_folder(folder), memory=m), lambda b: swept(b, planned))
+    found = Sweeper(Blocks(checkpoint, memory=memory)).sweep(planned, batches())
+    first = next(found)
+    shard = next(folder.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes())
+    with pytest.raises(
+        FlexiError, match=r"model\.safetensors has changed since it was opened \(while tensor 'model\.layers"
+    ):
+        list(found)
+    assert first[1] == swept(Blocks(open_folder(folder)), planned)[0]
+
+
+def test_a_kill_costs_one_group(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(likelihoods_, "BATCH_TOKENS", 40)
+    planned, requests = zoo(open_folder(folder).shape)[:3], some_requests(100)
+
+    def answer(memory: int | None, journal: Journal) -> list[list[Answer]]:
+        sweeper = Sweeper(Blocks(open_folder(folder), memory=memory))
+        return likelihoods(sweeper, planned, requests, journal, "", Progress(), "answering")
+
+    whole = answer(None, Journal())
+    memory = least(lambda m: Blocks(open_folder(folder), memory=m), lambda b: answer(b.memory, Journal()))
+    journal = Journal(lives=8)
+    with pytest.raises(KeyboardInterrupt):
+        answer(memory, journal)
+    assert len(journal.kept) == 8, "two batches for three plans, and two plans of the third"
+    journal.lives = math.inf
+    assert answer(memory, journal) == whole
+
+
+def test_the_first_block_that_is_not_finite_is_named_and_the_others_go_on(folder: Path) -> None:
+    checkpoint = open_folder(folder)
+    plan = sharing(checkpoint.shape, {3: 1})
+    _, attached = attached_for(plan)
+    attached["blocks.3.down.lora_a"][0, 0] = math.inf
+    planned = [*zoo(checkpoint.shape)[:2], Planned(with_digests(plan, attached), attached)]
+    sweeper = Sweeper(Blocks(checkpoint))
+    found = dict(sweeper.sweep(planned, batches()))
+    assert sweeper.broken == {2: 3}
+    expected = swept(Blocks(open_folder(folder)), planned[:2])
+    for number, answers in found.items():
+        assert all(math.isnan(score) and not greedy for score, greedy in answers[2])
+        assert {p: answers[p] for p in (0, 1)} == expected[number]
+
+
+def test_statistics_of_a_model_that_breaks_down_name_the_block() -> None:
+    model = tiny()
+    model.get_submodule("model.layers.2.mlp.down_proj").weight[0, 0] = math.nan
+    with pytest.raises(FlexiError, match=r"calibration: block 2 \(of old blocks 2\) gives values that are not finite"):
+        calibrated(Blocks(opened(model)))
