@@ -4,17 +4,25 @@
 #   make publish STUDY=NAME    copy the finished records of runs/NAME and their reports to results/NAME
 #   make readme                put the published leaderboard into README.md
 #   make lint                  ruff and mypy
+#   make verify-engine         every choice of seven tasks against stock lm-eval, exported model by exported model (hours)
+#   make bench-grid            one sweep of a grid against stock lm-eval once per model (more than an hour)
+#   make bench-scoring         all metrics together against the slowest alone
+#   make bench-7b              a LLaMA-7B of random weights scored and pruned in 4 GiB (needs 30 GB of disk)
+#   make bench-scaling         the cost of a sweep against the number of its plans and blocks
+#   make test-oldest           the engine's tests on the oldest releases that pyproject.toml allows
 #   make clean                 remove the virtual environment and build leftovers (runs/ stays)
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+OLDEST := .venv-oldest
+ENGINE_TESTS := tests/test_sweep.py tests/test_streaming.py tests/test_packing.py tests/test_passes.py
 # Threads that spin while they wait cost a busy machine several times the work.
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint publish readme install clean
+.PHONY: demo test lint publish readme install clean verify-engine bench-grid bench-scoring bench-7b bench-scaling test-oldest
 .DEFAULT_GOAL := demo
 
 install: $(INSTALLED)
@@ -44,5 +52,32 @@ publish: $(INSTALLED)
 readme: $(INSTALLED)
 	$(BIN)/flexi report results/demo --into README.md
 
+# Everything as pinned, but transformers (and what it pins) at the oldest release that pyproject.toml allows.
+$(OLDEST)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	grep -vE '^(transformers|tokenizers|huggingface_hub)==' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt torch==2.13.0
+	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt --editable '.[test]' \
+		"$$(grep -oE 'transformers>=[0-9.]+' pyproject.toml | sed 's/>=/==/')"
+	touch $(OLDEST)/installed
+
+test-oldest: $(OLDEST)/installed
+	$(OLDEST)/bin/python -m pytest -q $(ENGINE_TESTS)
+
+verify-engine: $(INSTALLED)
+	$(BIN)/python tests/bench/verify_engine.py
+
+bench-grid: $(INSTALLED)
+	$(BIN)/python tests/bench/grid.py
+
+bench-scoring: $(INSTALLED)
+	$(BIN)/python tests/bench/scoring.py
+
+bench-7b: $(INSTALLED)
+	$(BIN)/python tests/bench/seven_b.py
+
+bench-scaling: $(INSTALLED)
+	$(BIN)/python tests/bench/scaling.py
+
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(OLDEST) build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info

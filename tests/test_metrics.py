@@ -12,15 +12,16 @@ import torch
 from tiny import attached_for, built, change, close, logits, narrowed, opened, sharing, tiny, tokens
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexi_plugins.calibration import Calibrator
 from flexi_plugins.data import BlockRecipe, Part, PruningPlan, Scores, Statistics
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.execution.blocks import Blocks
 from flexi_plugins.execution.sweep import Planned
-from flexi_plugins.hookspecs import Budget, PruningRequest
+from flexi_plugins.hookspecs import BlockTrace, Budget, GradientTrace, LinearTrace, PruningRequest
 from flexi_plugins.metrics import come, flexigpt, saap
-from flexi_plugins.numerics import one_minus_cosine, row_distance, standardise
+from flexi_plugins.numerics import absolute_sum, one_minus_cosine, pieces, product, row_distance, standardise
 
 METRICS = (come.CoMe(), flexigpt.FlexiGPT(), saap.Saap())
 KNOWN = {s.name: s for m in (come, flexigpt, saap) for s in m.statistics()}
@@ -217,6 +218,79 @@ def test_taylor_scores_are_per_sample_autograd(measured):
                 assert close(found[f"element_{kind}"][index][sample].double(), element, 1e-5)
 
 
+# ---------------------------------------------------------------------------------------- large matrices
+
+
+def drawn(*sizes: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(sizes, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+@DTYPES
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+def test_taylor_scores_of_a_matrix_taken_in_pieces(columns, dtype):
+    """Also in bfloat16 everything behind the given activations, gradients and weights is float32."""
+    weight, inner, gradient = (drawn(*s, dtype=dtype) for s in ((700, 650), (2, 5, 650), (2, 5, 700)))
+    vector, element = saap.row_scores(LinearTrace(inner, gradient, weight), columns)
+    products = torch.einsum("stc,stk,ck->sck", gradient.double(), inner.double(), weight.double())
+    axis = 1 if columns else 2
+    assert close(vector.double(), products.sum(axis).abs(), 1e-5)
+    assert close(element.double(), products.abs().sum(axis), 1e-5)
+
+
+@DTYPES
+def test_leave_one_out_of_a_matrix_taken_in_pieces(dtype):
+    """In bfloat16, h.w is rounded once to the dtype that the model computes in; all else is float32."""
+    stream, inner, weight = (drawn(*s, dtype=dtype) for s in ((300, 8), (300, 1200), (8, 1200)))
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-3
+    h, a, w = (t.double() for t in (stream, inner, weight))
+    expected = torch.stack([distance(h, h - a[:, c : c + 1] * w[:, c]).sum() for c in range(1200)])
+    assert close(flexigpt.channel_distances(stream, inner, weight).double(), expected, tolerance)
+    alone = [(a[:, k : k + 300] @ w[:, k : k + 300].T) for k in range(0, 1200, 300)]
+    expected = torch.stack([distance(h, h - v).sum() for v in alone])
+    assert close(flexigpt.head_distances(stream, inner, weight, 4).double(), expected, tolerance)
+
+
+class Allocations(TorchDispatchMode):
+    """Notes the bytes of the largest tensor made while it is on; views of what there was do not count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        given = [*args, *(kwargs or {}).values()]
+        known = {t.untyped_storage().data_ptr() for t in given if isinstance(t, Tensor)}
+        if isinstance(found, Tensor) and found.untyped_storage().data_ptr() not in known:
+            self.largest = max(self.largest, found.untyped_storage().nbytes())
+        return found
+
+
+@DTYPES
+@pytest.mark.parametrize("name", KNOWN)
+def test_statistics_make_nothing_of_the_size_of_a_matrix(name, dtype):
+    """Blocks are measured within the memory that running them takes: matrices are float32 piece by piece only."""
+    tokens, hidden, channels = 2000, 1000, 2000
+    stream, inner, weight = (drawn(*s, dtype=dtype) for s in ((tokens, hidden), (tokens, channels), (hidden, channels)))
+    if KNOWN[name].backward:
+        maps = {
+            "up": LinearTrace(stream[:8].view(2, 4, hidden), inner[:8].view(2, 4, channels), weight.T.contiguous()),
+            "down": LinearTrace(inner[:8].view(2, 4, channels), stream[:8].view(2, 4, hidden), weight),
+        }
+        trace: Any = GradientTrace(0, 4, 1, 500, maps)
+    else:
+        weights = {"attention_weight": weight, "mlp_weight": weight}
+        states = {"input": stream, "middle": stream, "output": -stream, "before": (stream,)}
+        last = torch.arange(tokens) % 10 == 9
+        trace = BlockTrace(1, 20, 1, **states, **weights, attention_inner=inner, mlp_inner=inner, last=last)
+    with Allocations() as made:
+        KNOWN[name].observe(trace)
+    assert 0 < made.largest < weight.numel() * 4 / 3
+
+
 # ---------------------------------------------------------------------------------------- by hand
 
 
@@ -282,6 +356,17 @@ def test_leaving_out_something_small_does_not_cancel(size):
         assert ((naive - truth) / truth).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("scale", [-2.0, 0.3, 0.999, 1.2, 3.0])
+@pytest.mark.parametrize("size", [1e-2, 1.0])
+def test_leaving_out_something_large_turns_the_stream_right_round(scale, size):
+    """v along h: the rest points where h did for less than one h, and backwards for more."""
+    h, v = drawn(100, 64), scale * drawn(100, 64) + size * drawn(100, 64, seed=1)
+    truth = distance(h.double(), h.double() - v.double())
+    found = one_minus_cosine((h * h).sum(-1), (h * v).sum(-1), (v * v).sum(-1)).double()
+    assert (found - truth).abs().max() < (1e-5 if size == 1.0 else 1e-3)
+    assert found.max() <= 2
+
+
 def test_distances_stay_between_zero_and_two():
     """Also where nearly all of h is left out, and the products cannot tell what remains."""
     generator = torch.Generator().manual_seed(2)
@@ -302,6 +387,26 @@ def test_vanished_vectors_have_no_direction_and_nan_stays_nan():
     one = torch.ones(1)
     assert one_minus_cosine(one, one, one).tolist() == one_minus_cosine(0 * one, 0 * one, one).tolist() == [1.0]
     assert one_minus_cosine(one, math.nan * one, one).isnan().all()
+
+
+def test_pieces_cover_everything_once_and_in_order():
+    for length, width, least in ((0, 5, 1), (1, 10**9, 1), (1000, 10**6, 300), (10**6, 3, 1), (7, 0, 1)):
+        cut = list(pieces(length, width, least))
+        assert [i for part in cut for i in range(length)[part]] == list(range(length))
+        assert all(len(range(length)[part]) >= least for part in cut[:-1])
+
+
+@DTYPES
+def test_products_and_absolute_sums_are_float32(dtype):
+    a, b = drawn(700, 600, dtype=dtype), drawn(600, 50, dtype=dtype, seed=1)
+    assert product(a, b).dtype == absolute_sum(a).dtype == torch.float32
+    assert close(product(a, b).double(), a.double() @ b.double(), 1e-5 if dtype == torch.float32 else 2.0**-8)
+    assert close(absolute_sum(a).double(), a.double().abs().sum(0), 1e-6)
+
+
+def test_products_of_float16_do_not_overflow():
+    large = torch.full((2, 8), 300.0, dtype=torch.float16)
+    assert product(large, large.T).tolist() == [[720_000.0] * 2] * 2
 
 
 def test_standardise():

@@ -525,14 +525,17 @@ def distance_by_hand(own: Tensor, donor: Tensor, rank: int) -> float:
 @pytest.mark.parametrize("rank", [1, 3, 8, 20, 40])
 def test_the_distance_is_the_papers(rank):
     checkpoint = opened(tiny())
+    kind = checkpoint.shape.blocks[0]
+    found = share_lora.donor_distances(checkpoint, checkpoint.shape, kind, rank)
+    assert len(found) == 10  # pairs of five blocks
     for block, donor in ((0, 1), (3, 2)):
         expected = 0.0
         for role, weight in checkpoint.block(block).items():
             one = distance_by_hand(weight, checkpoint.block(donor)[role], rank)
-            pair = [share_lora.factors(checkpoint, b, role, rank) for b in (block, donor)]
+            pair = [share_lora.reconstruction(checkpoint.block(b)[role], rank) for b in (block, donor)]
             assert share_lora.tail_energy(*pair, rank) == pytest.approx(one, rel=1e-4, abs=1e-4)
             expected += one
-        assert share_lora.block_distance(block, donor, rank, checkpoint) == pytest.approx(expected, rel=1e-4, abs=1e-3)
+        assert found[frozenset((block, donor))] == pytest.approx(expected, rel=1e-4, abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2-mixed"])

@@ -23,10 +23,11 @@ from flexi_plugins.rewrite import Tensors, block_tensors, check_attached
 
 
 class _Recorder(nn.Module):
-    """Stands where a block was and notes what the model hands it."""
+    """Stands where a block was and notes what the model hands it, by its attention type in some releases."""
 
-    def __init__(self) -> None:
+    def __init__(self, block: nn.Module) -> None:
         super().__init__()
+        self.attention_type = getattr(block, "attention_type", None)
         self.kwargs: dict[str, Any] = {}
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
@@ -59,7 +60,7 @@ class Blocks:
         blocks = getattr(self._shell, family.blocks)
         self._block_class = type(blocks[0])
         norm = getattr(self._shell, family.final_norm)
-        setattr(self._shell, family.blocks, nn.ModuleList(_Recorder() for _ in blocks))
+        setattr(self._shell, family.blocks, nn.ModuleList(_Recorder(block) for block in blocks))
         setattr(self._shell, family.final_norm, nn.Identity())
         self._shell.to_empty(device="meta", recurse=False)
         self.sizes = {n: checkpoint.bytes_of([n]) for n in checkpoint.tensor_names()}  # as they are stored

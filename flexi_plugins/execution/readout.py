@@ -12,6 +12,7 @@ from torch import Tensor
 from flexi_plugins.execution.blocks import Blocks
 
 HEAD_ROWS = 128  # positions per application of the head: 128 x 49,152 logits stay in the cache
+SMALLEST = -80.0  # exp of less is no normal number, which would make it many times slower, and adds nothing
 
 Read = tuple[int, Sequence[int], Sequence[int]]
 Answer = tuple[float, bool]
@@ -71,7 +72,8 @@ def read_out(blocks: Blocks, batch: Batch, states: Tensor, gain: float) -> list[
 def _scored(logits: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return log-probability (float32) and greediness of targets; of equal logits the first is the greedy one."""
     picked, best = logits[rows, targets], logits.amax(-1)
-    normaliser = (logits.float() - best.float()[:, None]).exp_().sum(-1).log_() + best.float()
+    relative = logits.to(torch.float32, copy=True).sub_(best[:, None]).clamp_min_(SMALLEST)
+    normaliser = relative.exp_().sum(-1).log_().add_(best)
     greedy = picked == best[rows]
     greedy[greedy.clone()] = logits[rows[greedy]].argmax(-1) == targets[greedy]
     return picked.float() - normaliser[rows], greedy

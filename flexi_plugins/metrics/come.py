@@ -31,14 +31,16 @@ class Sensitivity:
         """Return sums over tokens: attention (query heads x head dim,), mlp (channels,), and both residual norms ()."""
         import torch
 
+        from flexi_plugins.numerics import absolute_sum
+
         empty = torch.zeros(0)
         sums = {"attention": empty, "mlp": empty}
         if trace.attention_inner is not None and trace.attention_weight is not None:
             sums["attention"] = contribution(trace.attention_inner, trace.attention_weight)
         if trace.mlp_inner is not None and trace.mlp_weight is not None:
             sums["mlp"] = contribution(trace.mlp_inner, trace.mlp_weight)
-        sums["attention_residual"] = trace.middle.float().abs().sum()
-        sums["mlp_residual"] = trace.output.float().abs().sum()
+        sums["attention_residual"] = absolute_sum(trace.middle).sum()
+        sums["mlp_residual"] = absolute_sum(trace.output).sum()
         return sums
 
     def finish(self, totals: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:
@@ -48,7 +50,9 @@ class Sensitivity:
 
 def contribution(inner: Tensor, weight: Tensor) -> Tensor:
     """Sum over tokens of |a_c| x ||w_c||_1; inner: (tokens, columns), weight: (hidden, columns) -> (columns,)."""
-    return inner.float().abs().sum(0) * weight.float().abs().sum(0)
+    from flexi_plugins.numerics import absolute_sum
+
+    return absolute_sum(inner) * absolute_sum(weight)
 
 
 @dataclass(frozen=True)

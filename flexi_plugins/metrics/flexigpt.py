@@ -69,13 +69,18 @@ def channel_distances(stream: Tensor, inner: Tensor, weight: Tensor) -> Tensor:
 
     stream: (tokens, hidden), the residual output h; inner: (tokens, channels), a; weight: (hidden, channels), w. (channels,)
     """
-    from flexi_plugins.numerics import one_minus_cosine
+    import torch
 
-    stream, inner, weight = stream.float(), inner.float(), weight.float()
-    hh = (stream * stream).sum(1, keepdim=True)
-    hv = (stream @ weight) * inner
-    vv = inner.square() * weight.square().sum(0)
-    return one_minus_cosine(hh, hv, vv).sum(0)
+    from flexi_plugins.numerics import PRODUCT, one_minus_cosine, pieces, product, squared_norms
+
+    hh = squared_norms(stream)[:, None]
+    sums = []
+    for part in pieces(inner.shape[1], max(stream.shape), PRODUCT):
+        a, w = inner[:, part].float(), weight[:, part]
+        hv = product(stream, w).mul_(a)
+        vv = a.square().mul_(w.float().square().sum(0))
+        sums.append(one_minus_cosine(hh, hv, vv).sum(0))
+    return torch.cat(sums)
 
 
 def head_distances(stream: Tensor, inner: Tensor, weight: Tensor, kv_heads: int) -> Tensor:
@@ -85,16 +90,16 @@ def head_distances(stream: Tensor, inner: Tensor, weight: Tensor, kv_heads: int)
     """
     import torch
 
-    from flexi_plugins.numerics import one_minus_cosine
+    from flexi_plugins.numerics import one_minus_cosine, product, squared_norms
 
-    stream, weight = stream.float(), weight.float()
-    inner = inner.float().unflatten(1, (kv_heads, -1))  # (tokens, KV heads, group x head dim)
-    columns = weight.unflatten(1, (kv_heads, -1))  # (hidden, KV heads, group x head dim)
-    gram = torch.einsum("dki,dkj->kij", columns, columns)
-    hh = (stream * stream).sum(1, keepdim=True)
-    hv = ((stream @ weight).unflatten(1, (kv_heads, -1)) * inner).sum(2)
-    vv = (torch.einsum("tki,kij->tkj", inner, gram) * inner).sum(2)
-    return one_minus_cosine(hh, hv, vv).sum(0)
+    hh = squared_norms(stream)
+    sums = []
+    for o, w in zip(inner.chunk(kv_heads, 1), weight.chunk(kv_heads, 1), strict=True):
+        hv = product(stream, w).mul_(o).sum(1)
+        o, w = o.float(), w.float()  # (tokens, group x head dim), (hidden, group x head dim)
+        vv = (o @ (w.T @ w)).mul_(o).sum(1)
+        sums.append(one_minus_cosine(hh, hv, vv).sum())
+    return torch.stack(sums)
 
 
 @dataclass(frozen=True)

@@ -55,16 +55,28 @@ class Taylor:
 
 
 def row_scores(trace: LinearTrace, columns: bool) -> tuple[Tensor, Tensor]:
-    """Return (vector, element) scores (samples, rows) of a matrix's rows, or of its columns."""
+    """Return (vector, element) scores (samples, rows) of a matrix's rows, or of its columns.
+
+    The weight gradients of the samples are formed some rows at a time, so that nothing of the matrix's size is held and
+    every step finds them in the cache.
+    """
     import torch
 
-    weight = trace.weight.float()
-    vector, element = [], []
-    for x, dy in zip(trace.input, trace.output_gradient, strict=True):  # one weight gradient at a time
-        product = (dy.float().T @ x.float()).mul_(weight)
-        vector.append(product.sum(0 if columns else 1).abs())
-        element.append(product.abs_().sum(0 if columns else 1))
-    return torch.stack(vector), torch.stack(element)
+    from flexi_plugins.numerics import PRODUCT, pieces
+
+    left, right, weight = trace.output_gradient.float(), trace.input.float(), trace.weight
+    if columns:  # they are the rows of the transposed map
+        left, right = right, left
+    vector, element = (left.new_empty(left.shape[0], left.shape[2]) for _ in range(2))
+    for part in pieces(left.shape[2], right.shape[2], PRODUCT):
+        w = weight[:, part].contiguous().T.contiguous() if columns else weight[part]  # first gathered: twice as fast
+        w = w.float()
+        terms = torch.empty_like(w)
+        for sample, (dy, x) in enumerate(zip(left, right, strict=True)):
+            torch.mm(dy[:, part].T, x, out=terms).mul_(w)
+            torch.sum(terms, 1, out=vector[sample, part])
+            torch.sum(terms.abs_(), 1, out=element[sample, part])
+    return vector.abs_(), element
 
 
 @dataclass(frozen=True)
