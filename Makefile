@@ -9,6 +9,7 @@
 #   make bench-scoring         all metrics together against the slowest alone
 #   make bench-7b              a LLaMA-7B of random weights scored and pruned in 4 GiB (needs 30 GB of disk)
 #   make bench-scaling         the cost of a sweep against the number of its plans and blocks
+#   make bench-page            results/bench/README.md from what the benches measured
 #   make test-oldest           the engine's tests on the oldest releases that pyproject.toml allows
 #   make clean                 remove the virtual environment and build leftovers (runs/ stays)
 
@@ -22,7 +23,7 @@ ENGINE_TESTS := tests/test_sweep.py tests/test_streaming.py tests/test_packing.p
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint publish readme install clean verify-engine bench-grid bench-scoring bench-7b bench-scaling test-oldest
+.PHONY: demo test lint publish readme install clean verify-engine bench-grid bench-scoring bench-7b bench-scaling bench-page test-oldest
 .DEFAULT_GOAL := demo
 
 install: $(INSTALLED)
@@ -78,6 +79,9 @@ bench-7b: $(INSTALLED)
 
 bench-scaling: $(INSTALLED)
 	$(BIN)/python tests/bench/scaling.py
+
+bench-page: $(INSTALLED)
+	$(BIN)/python tests/bench/page.py
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -15,6 +15,7 @@ from flexi_plugins.data import PruningPlan, Statistics
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.execution.backward import backward_sweep
 from flexi_plugins.execution.blocks import Blocks
+from flexi_plugins.execution.packing import BATCH_TOKENS
 from flexi_plugins.execution.readout import Batch
 from flexi_plugins.execution.sweep import Planned, Sweeper
 from flexi_plugins.hookspecs import BlockTrace, GradientTrace, Statistic
@@ -34,15 +35,20 @@ class Calibrator:
         windows: Tensor,
         samples: Tensor,
         known: Mapping[str, Statistic],
-        rows: int = 4,
+        rows: int | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.blocks = blocks
         self.sweeper = Sweeper(blocks, say)
         self.samples = samples
         self.known = known
-        self.batches = [Batch(ids) for ids in windows.split(rows)]
+        self.batches = [Batch(ids) for ids in windows.split(rows or max(1, BATCH_TOKENS // windows.shape[1]))]
         self.tokens = windows.numel()
+        shared = torch.equal(windows[: len(samples), : samples.shape[1]], samples)
+        self.gradient_sweeper = self.sweeper if shared else Sweeper(blocks, say)
+        self.gradient_batches = (
+            self.batches[: -(-len(samples) // len(self.batches[0].ids))] if shared else [Batch(samples)]
+        )
         self._forward: dict[
             tuple[str, int], Mapping[str, Tensor]
         ] = {}  # (statistic, prefix) -> quantities of one block
@@ -57,13 +63,24 @@ class Calibrator:
         if unknown:
             raise FlexiError(f"no plugin offers the statistic {unknown[0]!r}; there is {', '.join(sorted(self.known))}")
         self._take_forward(planned, [self.known[n] for n in names if not self.known[n].backward], advance)
-        self._take_backward(planned, [self.known[n] for n in names if self.known[n].backward])
+        self._take_backward(planned, [self.known[n] for n in names if self.known[n].backward], advance)
         return Statistics({name: self._collect(planned.plan, self.known[name]) for name in names})
+
+    def passes(self, needs: Iterable[str]) -> int:
+        """Return the tokens that pass each block, forward or backward, to take these statistics of a model not seen yet."""
+        backward = {self.known[n].backward for n in needs if n in self.known}
+        forward = self.tokens if False in backward else 0
+        if True in backward and not (forward and self.gradient_sweeper is self.sweeper):
+            forward += sum(b.ids.numel() for b in self.gradient_batches)
+        return forward + (self.samples.numel() if True in backward else 0)
 
     def forget(self, plans: Sequence[PruningPlan]) -> None:
         """Drop kept states and blocks that none of these plans passes."""
         prefixes = {n for p in plans for n in self.sweeper.prefixes.of(p)}
         self.sweeper.forget(lambda prefix: prefix not in prefixes)
+        if self.gradient_sweeper is not self.sweeper:
+            prefixes = {n for p in plans for n in self.gradient_sweeper.prefixes.of(p)}
+            self.gradient_sweeper.forget(lambda prefix: prefix not in prefixes)
         self.blocks.keep_only(list(plans))
 
     def losses(self, planned: Sequence[Planned]) -> list[float]:
@@ -100,18 +117,12 @@ class Calibrator:
         self.sweeper.forget(lambda prefix: prefix in rerun)
         for _ in self.sweeper.sweep([planned], self.batches, observer.run, keep=True, advance=advance):
             pass
-        if self.sweeper.broken:
-            first = self.sweeper.broken[0]
-            sources = ", ".join(map(str, planned.plan.blocks[first].sources))
-            raise FlexiError(
-                f"calibration: block {first} (of old blocks {sources}) gives values that are not finite (NaN or infinity) "
-                f"in {str(self.blocks.dtype).removeprefix('torch.')}; try --dtype float32, or look at the weights"
-            )
+        self.sweeper.check_finite(planned.plan)
         for (name, position), sums in observer.totals.items():
             finished = self.known[name].finish(sums, self.tokens)
             self._forward[name, numbers[position + 1]] = {k: v.float().cpu() for k, v in finished.items()}
 
-    def _take_backward(self, planned: Planned, wanted: Sequence[Statistic]) -> None:
+    def _take_backward(self, planned: Planned, wanted: Sequence[Statistic], advance: Callable[[int], None]) -> None:
         key = planned.plan.hash
         missing = [s for s in wanted if (s.name, key) not in self._backward]
         if not missing:
@@ -124,7 +135,7 @@ class Calibrator:
                 finished = statistic.finish(sums, self.samples.numel())
                 found[statistic.name, trace.index] = {k: v.float().cpu() for k, v in finished.items()}
 
-        backward_sweep(self.blocks, planned, self.samples, observe)
+        backward_sweep(self.gradient_sweeper, planned, self.samples, observe, self.gradient_batches, advance)
         for statistic in missing:
             blocks = [found[statistic.name, p] for p in range(len(planned.plan.blocks))]
             self._backward[statistic.name, key] = blocks

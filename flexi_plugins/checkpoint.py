@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -476,6 +477,17 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
             del tensor
         shard.finish()
     _name_shards(folder, index, shards + 1, total)
+
+
+def read_ahead(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors while the next one is read, in a thread; so two are held at a time."""
+    waiting = iter(tensors)
+    with ThreadPoolExecutor(1, "reading ahead") as pool:
+        coming = pool.submit(next, waiting, None)
+        while (found := coming.result()) is not None:
+            coming = pool.submit(next, waiting, None)
+            yield found
+            del found
 
 
 class _Shard:

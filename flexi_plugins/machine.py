@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 FREE_SHARE = 0.7  # of what is free, taken where no limit is given
+LIMIT_SHARE = 0.92  # of a limit, the rest is left to what allocators waste
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,11 @@ class Machine:
             native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if native else torch.float32
 
-    def left(self) -> int:
-        """Return the bytes that weights, hidden states and working space may take from now on."""
+    def budget(self) -> tuple[int, int]:
+        """Return the bytes that weights, hidden states and working space may take from now on, and what is taken before.
+
+        Together they are the limit, where one was given; without one nothing counts as taken.
+        """
         import psutil
         import torch
 
@@ -65,7 +69,10 @@ class Machine:
             used = torch.cuda.memory_allocated(self.torch_device)
         else:
             free, used = psutil.virtual_memory().available, psutil.Process().memory_info().rss
-        return int(free * FREE_SHARE) if self.memory is None else self.memory - used
+        if self.memory is None:
+            return int(free * FREE_SHARE), 0
+        left = int(self.memory * LIMIT_SHARE) - used
+        return left, self.memory - left
 
 
 def parse_memory(text: str) -> int:

@@ -91,7 +91,7 @@ class Pruner:
     @cached_property
     def blocks(self) -> Blocks:
         """The blocks of this model's plans."""
-        return Blocks(self.checkpoint, self.dtype, self.machine.torch_device, self.machine.left())
+        return Blocks(self.checkpoint, self.dtype, self.machine.torch_device, *self.machine.budget())
 
     @cached_property
     def calibrator(self) -> Calibrator:
@@ -106,7 +106,7 @@ class Pruner:
         wanted = sorted(set(needs))
         if not wanted:
             return Statistics({})
-        total = len(plan.blocks) * self.calibrator.tokens
+        total = len(plan.blocks) * self.calibrator.passes(wanted)
         with self.progress.stage(f"calibrating the dense model: {', '.join(wanted)}", total) as advance:
             return self.calibrator.statistics(Planned(plan), wanted, advance)
 
@@ -202,7 +202,8 @@ class Pruner:
 
 def resident(checkpoint: Checkpoint, machine: Machine) -> Checkpoint:
     """Return the checkpoint with what it has read kept in memory, if that leaves half of the memory free."""
-    return checkpoint.resident() if 2 * checkpoint.bytes_of(checkpoint.tensor_names()) <= machine.left() else checkpoint
+    fits = 2 * checkpoint.bytes_of(checkpoint.tensor_names()) <= machine.budget()[0]
+    return checkpoint.resident() if fits else checkpoint
 
 
 def check_compatible(metric: ImportanceMetric, strategy: ReplacementStrategy) -> None:

@@ -14,7 +14,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedConfig
 
-from flexi_plugins.checkpoint import Checkpoint, LazyTensors, new_folder, write_tensors
+from flexi_plugins.checkpoint import Checkpoint, LazyTensors, new_folder, read_ahead, write_tensors
 from flexi_plugins.data import BlockRecipe, Family, PruningPlan, Weighted
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.modeling import FlexiConfig, FlexiForCausalLM, resized_config
@@ -276,7 +276,8 @@ def write_checkpoint(
 ) -> None:
     """Write the plan's model as a checkpoint folder, tensor by tensor, with the plan beside it; renamed when whole.
 
-    One tensor is held at a time, and what goes into it. A plan that uses each source once reads each tensor once.
+    The next tensor is made while one is written, so two are held at a time, and what goes into them. A plan that uses
+    each source once reads each tensor once.
     """
     attached = attached or {}
     config = model_config(plan, checkpoint)
@@ -285,7 +286,7 @@ def write_checkpoint(
         return item[0], item[1] if dtype is None else item[1].to(dtype)
 
     with new_folder(Path(folder)) as temporary:
-        write_tensors(temporary, map(converted, state_dict(plan, checkpoint, attached)))
+        write_tensors(temporary, read_ahead(map(converted, state_dict(plan, checkpoint, attached))))
         if dtype is not None:
             config.dtype = dtype
         _write_config(temporary, config)

@@ -239,6 +239,17 @@ def test_a_search_reads_every_map_once_one_role_after_the_other():
     assert len(weights.read) == 6 * 7
 
 
+def test_of_a_large_model_only_the_pairs_in_question_are_compared(monkeypatch):
+    small = Reading(SHAPE, {})
+    expected = planned(small, [9, 1, 2, 8, 7, 3], ShareLora(blocks=3))
+    monkeypatch.setattr(numerics, "SMALL", 64)
+    weights = Reading(SHAPE, {})
+    assert planned(weights, [9, 1, 2, 8, 7, 3], ShareLora(blocks=3)) == expected
+    (distances,) = weights.cache.values()
+    assert set(distances) == {frozenset((i, j)) for i in (1, 2, 5) for j in (0, 3, 4)}
+    assert weights.read == [(role, block) for role in SHAPE.maps(SHAPE.blocks[0]) for block in range(6)]
+
+
 def test_donors_are_only_sought_among_blocks_of_the_same_shape():
     other = replace(SHAPE.blocks[0], channels=96)
     shape = replace(SHAPE, blocks=(SHAPE.blocks[0], other) * 3)
@@ -281,7 +292,8 @@ def test_on_trained_weights_both_factorisations_choose_the_same_donors():
     checkpoint = open_model(str(default_model()), Plugins.load().family)
     shape = replace(checkpoint.shape, blocks=checkpoint.shape.blocks[:6])
     rank = shape.hidden // 16
-    exact, found = (donor_distances(checkpoint, shape, shape.blocks[0], rank, svd) for svd in ("exact", "randomised"))
+    pairs = list(itertools.combinations(range(6), 2))
+    exact, found = (donor_distances(checkpoint, shape, pairs, rank, svd) for svd in ("exact", "randomised"))
     for pair, distance in exact.items():
         assert found[pair] == pytest.approx(distance, rel=0.015)
 

@@ -7,8 +7,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from tiny import opened, tiny, tokens
+from tiny import close, opened, tiny, tokens
 
+from flexi_plugins import calibration
+from flexi_plugins.calibration import Calibrator
 from flexi_plugins.data import PruningPlan
 from flexi_plugins.execution.blocks import Blocks
 from flexi_plugins.execution.readout import Batch
@@ -22,7 +24,8 @@ METRICS = ("flexigpt", "saap", "come")
 
 
 @pytest.fixture
-def pruner() -> Pruner:
+def pruner(monkeypatch: pytest.MonkeyPatch) -> Pruner:
+    monkeypatch.setattr(calibration, "BATCH_TOKENS", 8 * 16 // BATCHES)
     made = Pruner(opened(tiny("llama-tied")), Calibration(windows=8), dtype="float32")
     made.__dict__["texts"] = (tokens(8, 16), tokens(3, 8, seed=1), "")  # no tokenizer: token ids as they are
     return made
@@ -53,6 +56,23 @@ def test_all_metrics_cost_one_forward_and_one_backward_pass(pruner: Pruner, monk
         pruner.calibrate(needs(pruner))
     assert runs.count(True) == BLOCKS, "one recomputation of each block with gradients"
     assert runs.count(False) == BLOCKS * BATCHES + BLOCKS, "one forward pass on the windows, one on the samples"
+
+
+def test_samples_that_begin_the_windows_need_no_forward_pass_of_their_own(
+    pruner: Pruner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows = tokens(8, 16)
+    separate = Calibrator(pruner.blocks, tokens(8, 16, seed=5), windows[:5, :9], pruner.calibrator.known)
+    shared = Calibrator(pruner.blocks, windows, windows[:5, :9], pruner.calibrator.known)
+    plan = Planned(PruningPlan.identity(pruner.checkpoint.shape))
+    reported: list[int] = []
+    with counted(monkeypatch) as runs:
+        found = shared.statistics(plan, needs(pruner), reported.append)
+    assert (runs.count(False), runs.count(True)) == (BLOCKS * BATCHES, BLOCKS)
+    assert sum(reported) == BLOCKS * shared.passes(needs(pruner)) == BLOCKS * (8 * 16 + 5 * 9)
+    expected = separate.statistics(plan, ["taylor"])["taylor"]
+    for quantity, blocks in found["taylor"].items():
+        assert all(close(a, b, 1e-5) for a, b in zip(blocks, expected[quantity], strict=True))
 
 
 def test_one_shot_plans_of_every_metric_cost_no_further_pass(pruner: Pruner, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -525,8 +525,7 @@ def distance_by_hand(own: Tensor, donor: Tensor, rank: int) -> float:
 @pytest.mark.parametrize("rank", [1, 3, 8, 20, 40])
 def test_the_distance_is_the_papers(rank):
     checkpoint = opened(tiny())
-    kind = checkpoint.shape.blocks[0]
-    found = share_lora.donor_distances(checkpoint, checkpoint.shape, kind, rank)
+    found = share_lora.donor_distances(checkpoint, checkpoint.shape, [(0, 1), (3, 2)], rank)
     assert len(found) == 10  # pairs of five blocks
     for block, donor in ((0, 1), (3, 2)):
         expected = 0.0

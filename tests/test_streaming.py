@@ -240,6 +240,9 @@ def test_spilled_states_leave_no_file_behind(tmp_path: Path) -> None:
     states.put(7, torch.full((20,), 7.0))
     assert [float(states.get(n)[0]) for n in (7, 0, 4, 2)] == [7, 0, 4, 2]
     assert (states.held, states.spilled) == (80, 5 * 80)
+    states.limit_to(0)
+    assert [float(states.get(n)[0]) for n in (7, 0, 4, 2, 1)] == [7, 0, 4, 2, 1]
+    assert states.held == 0
     assert not list(tmp_path.iterdir())
 
 

@@ -321,7 +321,8 @@ def test_a_killed_sweep_goes_on_where_it_was(small_groups, monkeypatch):
     monkeypatch.setattr(sweep, "read_out", lambda *a: ran.append(1) or read_out(*a))
     resumed = answer(planned, requests, journal, checkpoint, progress=progress)
     assert resumed == whole
-    assert len(ran) == groups * 4 - 9 == progress.done == progress.totals[0]
+    assert len(ran) == groups * 4 - 9
+    assert progress.done == progress.totals[0] > 0
     ran.clear()
     assert answer(planned, requests, journal, checkpoint) == whole
     assert not ran
@@ -376,7 +377,7 @@ def test_gradients_are_autograds_on_the_whole_model(kind, form):
     checkpoint = opened(model)
     planned = zoo(checkpoint.shape)[form]
     visited = {}
-    losses = backward_sweep(Blocks(checkpoint), planned, ids, lambda t: visited.update({t.index: t}))
+    losses = backward_sweep(Sweeper(Blocks(checkpoint)), planned, ids, lambda t: visited.update({t.index: t}))
     exported = built(planned.plan, model, planned.attached).requires_grad_(True)
     expected, gradients = whole_model_gradients(exported, ids)
     assert close(losses, expected)
@@ -408,8 +409,8 @@ def test_gradients_of_a_sample_do_not_depend_on_the_others():
     checkpoint = opened(tiny())
     plan = Planned(PruningPlan.identity(checkpoint.shape))
     one, many = {}, {}
-    backward_sweep(Blocks(checkpoint), plan, tokens(4, 8)[2:3], lambda t: one.update({t.index: t}))
-    backward_sweep(Blocks(checkpoint), plan, tokens(4, 8), lambda t: many.update({t.index: t}))
+    backward_sweep(Sweeper(Blocks(checkpoint)), plan, tokens(4, 8)[2:3], lambda t: one.update({t.index: t}))
+    backward_sweep(Sweeper(Blocks(checkpoint)), plan, tokens(4, 8), lambda t: many.update({t.index: t}))
     for index in range(5):
         for role in one[index].maps:
             assert close(one[index].maps[role].output_gradient[0], many[index].maps[role].output_gradient[2])

@@ -1,8 +1,8 @@
-"""Gradients of one plan's model, block by block in reverse: block inputs are kept, blocks recomputed, nothing else held."""
+"""Gradients of one plan's model, block by block in reverse: block inputs come from a forward sweep, blocks are recomputed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -11,50 +11,52 @@ from torch.nn import functional as F
 
 from flexi_plugins.execution.blocks import Blocks
 from flexi_plugins.execution.layout import lay_out
-from flexi_plugins.execution.schedule import Prefixes, build_trie
-from flexi_plugins.execution.sweep import Planned
+from flexi_plugins.execution.readout import Batch
+from flexi_plugins.execution.schedule import build_trie
+from flexi_plugins.execution.sweep import Planned, Sweeper
 from flexi_plugins.hookspecs import GradientTrace, LinearTrace
 
 
 def backward_sweep(
-    blocks: Blocks,
+    sweeper: Sweeper,
     planned: Planned,
     samples: Tensor,
     observe: Callable[[GradientTrace], None],
+    batches: Sequence[Batch] | None = None,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> Tensor:
     """Visit the blocks of a plan in reverse with the gradients of every sample's mean next-token loss.
 
-    samples: (samples, tokens) ids. advance(tokens) reports the tokens of each block passed, forward or backward. Returns
-    the losses in nats per token, (samples,).
+    samples: (samples, tokens) ids. batches: the sweeper's batches whose first rows begin with the samples (what follows a
+    token does not change it), by default one of the samples themselves; states that an earlier sweep kept are not
+    computed again. advance(tokens) reports the tokens of each block passed. Returns the losses in nats per token,
+    (samples,).
     """
-    plan, attached, states = planned.plan, planned.attached, blocks.states
-    count = len(plan.blocks)
-    nodes = build_trie([plan], Prefixes())
-    layout = lay_out(blocks, [plan], nodes, [samples.shape], True, True, training=True)
-    states.limit = layout.state_bytes
-    order = [*range(count), *reversed(range(count))]
-    hidden = blocks.embed(samples, plan.embedding_gain)
-    arguments = blocks.arguments(hidden)
-    gradient = losses = torch.empty(0)
-    try:
-        for visit in blocks.stream([blocks.needs(plan, p) for p in order], layout.weight_bytes):
-            position = order[visit]
-            if visit < count:
-                states.put(("backward", position), hidden)
-                with torch.no_grad():
-                    hidden = blocks.run(plan, position, attached, hidden, arguments)
-            if visit == count - 1:
-                losses, gradient = _loss(blocks, plan.final_norm_gain, hidden, samples)
-            if visit >= count:
-                entered = states.get(("backward", position), blocks.device)
-                gradient = _through_block(blocks, planned, position, entered, gradient, arguments, observe)
-                states.pop(("backward", position))
-            if not layout.roomy:
-                blocks.release(plan, position)
-            advance(samples.numel())
-    finally:
-        states.drop(lambda key: key[0] == "backward")
+    plan, blocks = planned.plan, sweeper.blocks
+    batches = batches or [Batch(samples)]
+    for _ in sweeper.sweep([planned], batches, keep=True, advance=advance):
+        pass
+    sweeper.check_finite(plan)
+    numbers = sweeper.prefixes.of(plan)
+    count, length = samples.shape
+
+    def behind(position: int) -> Tensor:
+        if position < 0:
+            return blocks.embed(samples, plan.embedding_gain)
+        stored = [sweeper.stored(b, numbers[position + 1])[:, :length] for b in range(len(batches))]
+        return torch.cat(stored)[:count]
+
+    layout = lay_out(blocks, [plan], build_trie([plan], sweeper.prefixes), [samples.shape], False, True, training=True)
+    blocks.states.limit_to(layout.state_bytes)
+    arguments = blocks.arguments(behind(-1))
+    losses, gradient = _loss(blocks, plan.final_norm_gain, behind(len(plan.blocks) - 1), samples)
+    order = list(reversed(range(len(plan.blocks))))
+    for visit in blocks.stream([blocks.needs(plan, p) for p in order], layout.weight_bytes):
+        position = order[visit]
+        gradient = _through_block(blocks, planned, position, behind(position - 1), gradient, arguments, observe)
+        if not layout.roomy:
+            blocks.release(plan, position)
+        advance(samples.numel())
     return losses
 
 

@@ -39,6 +39,7 @@ class Blocks:
     """The pieces of all plans of one checkpoint: embedding, blocks by recipe, final norm, head, and states between them.
 
     memory: bytes that weights, states and working space may take together; None: no limit, and what was read stays.
+    taken: bytes that the process had taken before, for messages.
     """
 
     def __init__(
@@ -47,11 +48,12 @@ class Blocks:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         memory: int | None = None,
+        taken: int = 0,
     ) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.device = torch.device(device)
-        self.memory = memory
+        self.memory, self.taken = memory, taken
         self.states = States()
         self.seconds: defaultdict[str, float] = defaultdict(float)  # where the time of sweeps went
         family, config = checkpoint.family, checkpoint.config

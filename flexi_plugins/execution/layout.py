@@ -96,10 +96,11 @@ def _check(blocks: Blocks, free: float, visit: int, states: int, work: int) -> N
     least = visit + 2 * states
     if least > free:
         assert blocks.memory is not None
+        given, taken = blocks.memory + blocks.taken, f"{gib(blocks.taken)} are taken already, " * bool(blocks.taken)
         raise FlexiError(
-            f"memory: {gib(blocks.memory)} is too small for one block and one batch; expected at least "
-            f"{gib(blocks.memory + least - free)} ({gib(blocks.outer_bytes)} for embedding and head, {gib(visit)} for the "
-            f"weights of a block, {gib(2 * states)} for hidden states, the rest to work in); give more, or smaller batches"
+            f"memory: {gib(given)} is too small for one block and one batch; expected at least "
+            f"{gib(given + least - free)} ({taken}{gib(blocks.outer_bytes)} go to embedding and head, {gib(visit)} to the "
+            f"weights of a block, {gib(2 * states)} to hidden states, the rest is to work in); give more (--memory)"
         )
 
 

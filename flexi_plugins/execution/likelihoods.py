@@ -55,13 +55,16 @@ def likelihoods(
         (g, p): journal.get(hashes[p], keys[g]) for g in range(len(packs)) for p in range(len(planned))
     }
     answers: list[dict[Request, Answer]] = [{} for _ in planned]
-    with progress(title, sum(1 for a in known.values() if a is None)) as advance:
-        batches = [p.batch for p in packs]
-        for g, found in sweeper.sweep(planned, batches, wanted=lambda g, p: known[g, p] is None):
+    batches = [p.batch for p in packs]
+
+    def wanted(g: int, p: int) -> bool:
+        return known[g, p] is None
+
+    with progress(title, sweeper.work(planned, batches, wanted)) as advance:
+        for g, found in sweeper.sweep(planned, batches, wanted=wanted, advance=advance):
             for p, answer in found.items():
                 journal.put(hashes[p], keys[g], answer)
                 known[g, p] = answer
-            advance(len(found))
     for (g, p), kept in known.items():
         assert kept is not None
         answers[p].update(zip(packs[g].requests, ((float(a), bool(b)) for a, b in kept), strict=True))

@@ -53,6 +53,14 @@ class States:
             )
         return buffer.view(like.dtype).view(like.shape).to(device)
 
+    def limit_to(self, limit: float) -> None:
+        """Hold at most so many bytes in memory from now on; spill the newest of what is held beyond that."""
+        self.limit = limit
+        while self.held > limit:
+            key, states = self._memory.popitem()
+            self.held -= states.nbytes
+            self._disk[key] = self._write(states), states.to("meta")
+
     def drop(self, unwanted: Callable[[Any], bool]) -> None:
         """Forget the tensors whose key is unwanted."""
         for key in [k for k in (*self._memory, *self._disk) if unwanted(k)]:

@@ -77,6 +77,16 @@ class Sweeper:
         self.kept_states = {k for k in self.kept_states if not unwanted(k[1])}
         self.blocks.states.drop(lambda key: key[0] == self._number and key[1:] not in self.kept_states)
 
+    def check_finite(self, plan: PruningPlan) -> None:
+        """Raise if the states of the first plan of the last sweep were not finite: say behind which block first."""
+        if 0 in self.broken:
+            first, dtype = self.broken[0], str(self.blocks.dtype).removeprefix("torch.")
+            sources = ", ".join(map(str, plan.blocks[first].sources))
+            raise FlexiError(
+                f"calibration: block {first} (of old blocks {sources}) gives values that are not finite (NaN or infinity) "
+                f"in {dtype}; try --dtype float32, or look at the weights"
+            )
+
     # -- sweeping
 
     def layout(
@@ -86,6 +96,13 @@ class Sweeper:
         plans = [p.plan for p in planned]
         nodes = build_trie(plans, self.prefixes)
         return lay_out(self.blocks, plans, nodes, [b.ids.shape for b in batches], keep, observed)
+
+    def work(self, planned: Sequence[Planned], batches: Sequence[Batch], wanted: Callable[[int, int], bool]) -> int:
+        """Return the tokens of all blocks that a sweep passes for what is wanted, as ``advance`` reports them."""
+        nodes = build_trie([p.plan for p in planned], self.prefixes)
+        asked = ({p for p in range(len(planned)) if wanted(b, p)} for b in range(len(batches)))
+        passed = (sum(not n.plans.isdisjoint(plans) for n in nodes) for plans in asked)
+        return sum(batch.ids.numel() * count for batch, count in zip(batches, passed, strict=True))
 
     def sweep(
         self,
@@ -115,7 +132,7 @@ class Sweeper:
         layout = lay_out(self.blocks, [p.plan for p in planned], nodes, shapes, keep, hook is not None)
         if layout.streamed:
             self.say(str(layout))
-        self.blocks.states.limit = layout.state_bytes
+        self.blocks.states.limit_to(layout.state_bytes)
         for indices in layout.groups:
             group = _Group(
                 self, planned, nodes, {order[i]: (batches[order[i]], asked[order[i]]) for i in indices}, keep

@@ -9,13 +9,13 @@ Adapters start at the SVD of the full difference W_i - W_j; both sub-layers' out
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from flexi_plugins.budget import check_reach, smallest
-from flexi_plugins.data import BlockRecipe, BlockShape, ModelShape, Part, PruningPlan
+from flexi_plugins.data import BlockRecipe, ModelShape, Part, PruningPlan
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.hookspecs import Budget, PruningRequest, ReplacementStrategy, Weights, hookimpl
 
@@ -78,15 +78,19 @@ class ShareLora:
 
     def _sharing(self, shape: ModelShape, gone: Sequence[int], weights: Weights | None = None) -> PruningPlan:
         blocks = list(PruningPlan.identity(shape).blocks)
+        nearest = self._nearest(gone, weights, shape) if weights else {}
         for block in gone:
             donors = [j for j, s in enumerate(shape.blocks) if j not in gone and s == shape.blocks[block]]
-            donor = self._nearest(block, donors, weights, shape) if weights else donors[0]
+            donor = nearest[block] if weights else donors[0]
             blocks[block] = BlockRecipe(parts=(Part(block),), shares=donor, rank=self._rank(shape), output_norm=True)
         return PruningPlan(shape, tuple(blocks))
 
-    def _nearest(self, block: int, donors: list[int], weights: Weights, shape: ModelShape) -> int:
-        distances = donor_distances(weights, shape, shape.blocks[block], self._rank(shape), self.svd)
-        return min(donors, key=lambda j: distances[frozenset((block, j))])
+    def _nearest(self, gone: Sequence[int], weights: Weights, shape: ModelShape) -> dict[int, int]:
+        """Return the nearest of the blocks that stay, of the same widths, for each that goes."""
+        stay = [j for j in range(len(shape.blocks)) if j not in gone]
+        pairs = [(i, j) for i in gone for j in stay if shape.blocks[i] == shape.blocks[j]]
+        distances = donor_distances(weights, shape, pairs, self._rank(shape), self.svd)
+        return {i: min((j for own, j in pairs if own == i), key=lambda j: distances[frozenset((i, j))]) for i in gone}
 
     def finished(self, plan: PruningPlan, budget: Budget) -> bool:
         """Return True: one step does it all."""
@@ -131,27 +135,39 @@ def difference_adapter(weight: Tensor, donor: Tensor, rank: int, svd: SvdMethod 
 
 
 def donor_distances(
-    weights: Weights, shape: ModelShape, kind: BlockShape, rank: int, svd: SvdMethod = "auto"
-) -> dict[frozenset[int], float]:
-    """Return d of every pair of blocks of one shape, summed over their linear maps; computed once per model.
+    weights: Weights, shape: ModelShape, pairs: Iterable[tuple[int, int]], rank: int, svd: SvdMethod = "auto"
+) -> Mapping[frozenset[int], float]:
+    """Return d of pairs of blocks of equal widths, summed over their linear maps; each is computed once per model.
 
-    Factorisations are most of the work, and every block needs them, whichever are pruned: with all pairs at once no
-    other metric or ratio repeats them. One role at a time, so that only its factors are held: at rank 256 half a
-    gigabyte for an MLP map of LLaMA-7B. Raise a FlexiError that names a map that is not finite.
+    Of a small model all pairs are computed at once: factorisations are most of the work, and other scores or ratios ask
+    for other pairs. One role at a time, so that only its factors are held: at rank 256 half a gigabyte for an MLP map of
+    LLaMA-7B. Raise a FlexiError that names a map that is not finite.
     """
+    from flexi_plugins.numerics import SMALL
 
-    def make() -> dict[frozenset[int], float]:
-        alike = [i for i, block in enumerate(shape.blocks) if block == kind]
-        distances = {frozenset(pair): 0.0 for pair in combinations(alike, 2)}
-        for role in shape.maps(kind):
-            found = {i: reconstruction(linear_map(weights, i, role), rank, svd) for i in alike}
-            for i in alike:
-                own = found.pop(i).double()
-                for j, other in found.items():
-                    distances[frozenset((i, j))] += tail_energy(own, other, rank)
-        return distances
+    known: dict[frozenset[int], float] = weights.cached(("share-lora distances", rank, svd), dict)
+    missing = [pair for pair in pairs if frozenset(pair) not in known]
+    for kind in {shape.blocks[i] for i, _ in missing}:
+        wanted = [pair for pair in missing if shape.blocks[pair[0]] == kind]
+        if shape.hidden <= SMALL:
+            wanted = list(combinations([i for i, block in enumerate(shape.blocks) if block == kind], 2))
+        known |= _distances(weights, shape, wanted, rank, svd)
+    return known
 
-    return weights.cached(("share-lora distances", kind, rank, svd), make)
+
+def _distances(
+    weights: Weights, shape: ModelShape, pairs: Sequence[tuple[int, int]], rank: int, svd: SvdMethod
+) -> dict[frozenset[int], float]:
+    distances = dict.fromkeys(map(frozenset, pairs), 0.0)
+    for role in shape.maps(shape.blocks[pairs[0][0]]):
+        found = {
+            i: reconstruction(linear_map(weights, i, role), rank, svd) for i in sorted({i for p in pairs for i in p})
+        }
+        for i in sorted({i for i, _ in pairs}):
+            own = found[i].double()
+            for j in (j for first, j in pairs if first == i):
+                distances[frozenset((i, j))] += tail_energy(own, found[j], rank)
+    return distances
 
 
 class Reconstruction(NamedTuple):
