@@ -1,21 +1,22 @@
 """Times one sweep over a grid of pruned models against stock lm-eval run once a model, and says where the gain comes from.
 
 Both sides: SmolLM2-135M, seven tasks, bfloat16, the same threads, every model's answers from scratch. Our sweep is timed
-before and after stock's hour, and the slower time counts. Starting a process and importing is reported apart from both.
-What stock took is kept under runs/bench/grid, so that a run that was stopped goes on where it was on the same day.
+before and after stock's hour, and the slower time counts. What starting takes is reported apart: the process, imports,
+and by stock the list of all tasks there are. What stock took is kept under runs/bench/grid, so that a run that was
+stopped goes on where it was on the same day.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -120,8 +121,13 @@ class Sweeps:
 
 
 def working(seconds: Mapping[str, float]) -> float:
-    """Return the seconds of a process without those until everything was imported."""
-    return seconds["whole"] - seconds["start"]
+    """Return the seconds of a process without those of starting it."""
+    return seconds["whole"] - starting(seconds)
+
+
+def starting(seconds: Mapping[str, float]) -> float:
+    """Return the seconds until everything is imported and, by stock, all of lm-eval's tasks are listed."""
+    return seconds["start"] + seconds.get("index", 0.0)
 
 
 # ------------------------------------------------------------------------------------------- stock's side
@@ -185,7 +191,7 @@ def cell_rows(theirs: Mapping[str, Row], ours: Row) -> list[Row]:
             {
                 "model": label,
                 "stock s": round(working(run["seconds"]), 1),
-                "its start s": round(run["seconds"]["start"], 1),
+                "its start s": round(starting(run["seconds"]), 1),
                 "average stock": round(100 * average(run["documents"]), 2),
                 "average swept": round(100 * average(documents), 2),
                 **{f"{metric} changed": len(places) for metric, places in differing.items()},
@@ -194,17 +200,15 @@ def cell_rows(theirs: Mapping[str, Row], ours: Row) -> list[Row]:
     return rows
 
 
-def total_seconds(theirs: Mapping[str, Row], cells: Iterable[Cell]) -> Counter[str]:
+def total_seconds(theirs: Mapping[str, Row], cells: Iterable[Cell]) -> dict[str, float]:
     """Return stock's seconds by part, over cells; ``rest`` is what no part has (ending a process)."""
-    total: Counter[str] = Counter()
-    for cell in cells:
-        total.update(theirs[cell.label]["seconds"])
-    total["rest"] = total["whole"] - sum(total[part] for part in ("start", "tasks", "model", "answers", "judging"))
-    return total
+    runs = [theirs[cell.label]["seconds"] for cell in cells]
+    total = {part: math.fsum(seconds[part] for seconds in runs) for part in runs[0]}
+    return total | {"rest": working(total) - sum(total[part] for part in ("tasks", "model", "answers", "judging"))}
 
 
 def part_rows(
-    size: int, plans: Mapping[Cell, Planned], theirs: Counter[str], ours: Row, tokens: Mapping[str, int]
+    size: int, plans: Mapping[Cell, Planned], theirs: Mapping[str, float], ours: Row, tokens: Mapping[str, int]
 ) -> list[Row]:
     """Return one row a part of the gain: what stock does, what the sweep does, and the least that is possible."""
     chosen = [plans[cell].plan for cell in grid(RATIOS[size])]
@@ -236,7 +240,7 @@ def part_rows(
         row("seconds loading models", theirs["model"], seconds["model"] + engine["reading"] + engine["building"]),
         row("seconds remaining", theirs["rest"], _remaining(seconds, inside)),
         row("seconds", working(theirs), working(seconds)),
-        row("seconds of starting", theirs["start"], seconds["start"]),
+        row("seconds of starting", starting(theirs), starting(seconds)),
     ]
 
 
@@ -249,16 +253,18 @@ def _remaining(seconds: Mapping[str, float], inside: float) -> float:
     return working(seconds) - sum(seconds[p] for p in ("model", "tasks", "tokenising", "judging")) - inside
 
 
-def figures_of(size: int, cells: Iterable[Cell], theirs: Counter[str], sweeps: Sweeps, rows: Sequence[Row]) -> Row:
+def figures_of(
+    size: int, cells: Iterable[Cell], theirs: Mapping[str, float], sweeps: Sweeps, rows: Sequence[Row]
+) -> Row:
     """Return the figures of one size of the grid, for JSON."""
     ours = sweeps.slower(size)["seconds"]
     labels = {cell.label for cell in cells}
     return {
         "models": len(labels),
         "stock_seconds": round(working(theirs), 2),
-        "stock_start_seconds": round(theirs["start"], 2),
+        "stock_start_seconds": round(starting(theirs), 2),
         "sweep_seconds": [round(working(run["seconds"]), 2) for run in sweeps.runs[size]],
-        "sweep_start_seconds": round(ours["start"], 2),
+        "sweep_start_seconds": round(starting(ours), 2),
         "ratio": round(working(theirs) / working(ours), 3),
         "ratio_with_start": round(theirs["whole"] / ours["whole"], 3),
         "target": TARGETS[size],

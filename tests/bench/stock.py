@@ -88,9 +88,10 @@ def run(model: Path, setting: Setting) -> dict[str, Any]:
 def run_each(models: Sequence[Path], setting: Setting) -> Iterator[dict[str, Any]]:
     """Run stock lm-eval on checkpoint folders in one process; yield seconds, counts and documents of each as they come.
 
-    seconds: ``start`` (until everything is imported), ``tasks`` (index, data, requests), ``model`` (loading it),
-    ``answers`` and ``judging``; within the answers ``likelihoods`` (without tokenising), within those ``forward`` (the
-    model), within that ``head``. counts: ``rows`` and ``padded_tokens`` that the model was given.
+    seconds: ``start`` (until everything is imported) and ``index`` (listing the tasks there are), once a process;
+    ``model`` (loading it), ``tasks`` (their data and requests), ``answers`` and ``judging``; within the answers
+    ``likelihoods`` (without tokenising), within those ``forward`` (the model), within that ``head``. counts: ``rows`` and
+    ``padded_tokens`` that the model was given.
     """
     from flexi_plugins.errors import FlexiError
 
@@ -192,7 +193,7 @@ def main() -> None:
 
     watch = Stopwatch()
     watch.seconds["start"] = time.time() - setting["spawned"]
-    with watch.part("tasks"):
+    with watch.part("index"):
         manager = TaskManager(include_path=setting["definitions"], include_defaults=setting["whole_index"])
     for model in models:
         print(RESULT + json.dumps(_evaluate(model, setting, manager, watch), allow_nan=False), flush=True)
@@ -217,9 +218,8 @@ def _evaluate(folder: str, setting: Mapping[str, Any], manager: Any, watch: Stop
             model=model, tasks=tasks, limit=setting["limit"], task_manager=manager, log_samples=True
         )
     seconds = dict(watch.seconds)
-    building = watch.began["answers"] - watch.began["evaluation"]
-    seconds["tasks"] = seconds.get("tasks", 0.0) + building
-    seconds["judging"] = seconds.pop("evaluation") - building - seconds["answers"]
+    seconds["tasks"] = watch.began["answers"] - watch.began["evaluation"]
+    seconds["judging"] = seconds.pop("evaluation") - seconds["tasks"] - seconds["answers"]
     return {"seconds": seconds, "counts": counts, "documents": list(_documents(results))}
 
 

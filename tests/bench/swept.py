@@ -23,8 +23,9 @@ from flexi_plugins.evaluation import Measurer
 from flexi_plugins.evaluators.harness import LOCAL
 from flexi_plugins.execution.sweep import Planned
 from flexi_plugins.hookspecs import Candidate
+from flexi_plugins.plugins import Entry
 from flexi_plugins.progress import Advance, Progress
-from flexi_plugins.pruner import Pruner
+from flexi_plugins.pruner import Pruner, options_json
 from flexi_plugins.store import Journal, Store
 from flexi_plugins.studyfile import Measure
 
@@ -59,25 +60,30 @@ def grid(ratios: Iterable[float], metrics: Iterable[str] = METRICS) -> list[Cell
 class Plans:
     """Plans of cells in a folder, each made once; a file is named by all that its plan depends on."""
 
-    def __init__(self, pruner: Pruner, folder: Path) -> None:
-        """Keep the plans in ``folder``/plans."""
+    def __init__(self, pruner: Pruner, folder: Path, options: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        """Keep the plans in ``folder``/plans. options: of methods, by their names, where they are not the defaults."""
         self.pruner, self.store = pruner, Store(folder)
+        self.options = options or {}
+
+    def methods(self, cell: Cell) -> tuple[Entry, Entry]:
+        """Return the metric and the strategy of a cell."""
+        entry = self.pruner.plugins.entry
+        metric = entry("metric", cell.metric, self.options.get(cell.metric))
+        return metric, entry("strategy", cell.strategy, self.options.get(cell.strategy))
 
     def key(self, cell: Cell) -> str:
         """Return the digest of what the plan of a cell depends on: model, calibration, methods and their versions."""
-        pruner, plugins = self.pruner, self.pruner.plugins
-        used = [plugins.entry("metric", cell.metric), plugins.entry("strategy", cell.strategy)]
+        pruner = self.pruner
         calibration = [asdict(pruner.calibration), pruner.texts[2], pruner.seed, str(pruner.dtype)]
-        return digest([pruner.checkpoint.fingerprint(), calibration, [asdict(e.provenance) for e in used], cell.ratio])
+        methods = [[asdict(e.provenance), options_json(e.object)] for e in self.methods(cell)]
+        return digest([pruner.checkpoint.fingerprint(), calibration, methods, cell.ratio])
 
     def get(self, cells: Sequence[Cell]) -> dict[Cell, Planned]:
         """Return the plans of cells, with one calibration for all that are still to be made."""
         known = {cell: self.read(cell) for cell in cells}
         missing = [cell for cell, planned in known.items() if planned is None]
         if missing:
-            entry = self.pruner.plugins.entry
-            methods = {("metric", c.metric) for c in missing} | {("strategy", c.strategy) for c in missing}
-            self.pruner.calibrate(sorted({n for method in methods for n in entry(*method).object.needs}))
+            self.pruner.calibrate({need for cell in missing for e in self.methods(cell) for need in e.object.needs})
             with self.pruner.progress.stage(f"making {len(missing)} plans", len(missing)) as advance:
                 for cell in missing:
                     known[cell] = self._make(cell)
@@ -96,7 +102,8 @@ class Plans:
         return Planned(*stored) if stored else None
 
     def _make(self, cell: Cell) -> Planned:
-        planned = self.pruner.attach(self.pruner.plan(cell.metric, cell.strategy, cell.ratio))
+        metric, strategy = self.methods(cell)
+        planned = self.pruner.attach(self.pruner.plan(metric.object, strategy.object, cell.ratio))
         self.store.write_plan(self.key(cell), planned.plan, planned.attached)
         return planned
 
@@ -181,6 +188,8 @@ def main() -> None:
     missing = [label for label, planned in found.items() if planned is None]
     if missing:
         raise FlexiError(f"bench: found no plan of {', '.join(missing)} in {job['folder']}; they are made beforehand")
+    for part in ("tokenizer", "blocks"):
+        getattr(pruner, part)  # made at its first use
     seconds["model"] = time.monotonic() - began
     swept = measure(pruner, {label: planned for label, planned in found.items() if planned}, job["limit"])
     result = asdict(swept) | {"seconds": {**seconds, **swept.seconds}}

@@ -34,14 +34,17 @@ from flexi_plugins.pruner import Calibration, Pruner
 from flexi_plugins.store import replacing
 
 CELLS = grid((0.2,), ("flexigpt",))
-CALIBRATION = Calibration(windows=4, length=128)  # small: the plans need not be good ones
+CALIBRATION, OPTIONS = (
+    Calibration(windows=4, length=128),
+    {"share-lora": {"svd": "randomised"}},
+)  # quick, not good, plans
 LARGEST = 1e-3  # nats, of a choice's summed log-probability in float32
 IN_A_HUNDRED = 1
 BATCHES = {"float32": (4,), "bfloat16": (16, 4)}  # of stock; the first is what the engine is compared with
 # torch's float32 log_softmax on a CPU is some 1e-5 a token too high (4.5e-4 over 49 tokens, measured), so in float32 stock
 # is asked for an exact softmax of its logits by HFLM's own option. In bfloat16 it runs as it is.
 SOFTMAX = {"float32": "float64", "bfloat16": None}
-TOKENS_PER_SECOND = {"float32": 480, "bfloat16": 1000}  # of stock on two server cores, for the estimate beforehand
+TOKENS_PER_SECOND = {"float32": 370, "bfloat16": 800}  # of stock on two server cores, for the estimate beforehand
 RUNS = Path(__file__).parents[2] / "runs" / "bench" / "verify"
 
 Documents = Sequence[stock.Document]
@@ -60,7 +63,7 @@ class Answers:
         self.folder: Path = asked.runs
         self.progress = Progress()
         self.planner = self._pruner("bfloat16")
-        self.planned = Plans(self.planner, self.folder).get(CELLS)
+        self.planned = Plans(self.planner, self.folder, OPTIONS).get(CELLS)
         versions = environment()["versions"]
         self.setting = [LmEval(tasks=TASKS).inputs(asked.data, {}), asked.limit, versions]
 
