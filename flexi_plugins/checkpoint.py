@@ -135,6 +135,12 @@ class Checkpoint:
         roles = self.shape.maps(self.shape.blocks[index])
         return LazyTensors({r: partial(self.read, f"{prefix}{self.family.ROLES[r]}.weight") for r in roles})
 
+    def vectors(self, index: int) -> LazyTensors:
+        """Return the norms and biases of a block by name (see ``Weights``); each is read when it is asked for."""
+        prefix = self.family.block_prefix(index)
+        names = self.shape.vectors(self.shape.blocks[index])
+        return LazyTensors({n: partial(self.read, prefix + self.family.vector(n)) for n in names})
+
     @property
     def bytes_read(self) -> int:
         """Bytes of the tensors that were read from files since the checkpoint was opened; 0 for a model in memory."""

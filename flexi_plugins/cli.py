@@ -118,13 +118,18 @@ def plan(
     if count_only:
         if output:
             raise FlexiError("plan: --count-only chooses units without meaning, so its plan is not written; drop -o")
-        made = _counted(model, strategy, ratio, strategy_option)
+        made, attached = _counted(model, strategy, ratio, strategy_option), {}
     else:
         method = _method(metric, strategy, ratio, metric_option, strategy_option)
         pruner = _pruner(model, corpus, seed, data, dtype, device, memory)
-        made = pruner.plan(*method, pruner.progress.say)
+        planned = pruner.steps(*method, pruner.progress.say)
+        made, attached = planned.plan, dict(planned.attached)
     if output:
         _write_text(output, json.dumps(made.to_json(), indent=1) + "\n")
+        if attached:
+            from flexi_plugins.rewrite import PLAN_TENSORS, save_attached
+
+            save_attached(attached, output.with_name(PLAN_TENSORS))
     if as_json:
         _print_json(_plan_summary(made))
     else:
@@ -169,7 +174,7 @@ def prune(
     else:
         method = _method(metric, strategy, ratio, metric_option, strategy_option)
         pruner = _pruner(model, corpus, seed, data, dtype, device, memory)
-        planned = pruner.attach(pruner.plan(*method, pruner.progress.say))
+        planned = pruner.make(*method, pruner.progress.say)
     pruner.write(planned, output)
     from flexi_plugins.rewrite import plain_reason
 
@@ -248,17 +253,27 @@ def report(
     into: Annotated[
         Path | None, typer.Option("--into", help="Markdown page to put the tables in, between its leaderboard marks.")
     ] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="Write PUBLISHED.md as well: published numbers beside these.")
+    ] = False,
+    published_file: Annotated[
+        Path | None,
+        typer.Option("--published-file", help="CSV of published numbers; default: baselines/published.csv."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write the leaderboard of a study again from its records, or publish it.
+    """Write the leaderboard of a study again from its records, publish it, or put published numbers beside it.
 
     \b
     Example: flexi report runs/demo --publish results/demo
 
     \b
     Example: flexi report results/demo --into README.md
+
+    \b
+    Example: flexi report runs/llama-7b --published
     """
-    from flexi_plugins.report import insert_leaderboard, publish, write_reports
+    from flexi_plugins.report import insert_leaderboard, publish, write_published, write_reports
     from flexi_plugins.store import Store
 
     plugins = _plugins()
@@ -272,8 +287,12 @@ def report(
     files = publish(plugins, folder, publish_to) if publish_to else write_reports(plugins, records, folder, title)
     if into:
         insert_leaderboard(next(f for f in files if f.suffix == ".md"), into)
+    beside: dict[str, Any] = {}
+    if published or published_file:
+        file, pairs = write_published(plugins, records, publish_to or folder, title, published_file)
+        files, beside = [*files, file], {"published": pairs}
     if as_json:
-        _print_json({"records": [r.to_json() for r in records], "files": [str(f) for f in files]})
+        _print_json({"records": [r.to_json() for r in records], "files": [str(f) for f in files], **beside})
     else:
         for file in files:
             typer.echo(str(file))
@@ -286,8 +305,7 @@ def list_plugins(as_json: Json = False) -> None:
     \b
     Example: flexi list --json
     """
-    from flexi_plugins.plugins import KINDS, WITH_OPTIONS
-    from flexi_plugins.pruner import incompatible, options_json
+    from flexi_plugins.plugins import KINDS, WITH_OPTIONS, incompatible, options_json
 
     plugins = _plugins()
     found = {kind: plugins.entries(kind) for kind in KINDS}
@@ -423,7 +441,7 @@ def _options(pairs: Sequence[str] | None) -> dict[str, str]:
 
 
 def _asked_ratio(strategy: Any, ratio: float | None) -> float:
-    from flexi_plugins.pruner import own_knob
+    from flexi_plugins.plugins import own_knob
 
     if ratio is None and not own_knob(strategy):
         raise FlexiError(f"strategy {strategy.name!r}: give --ratio, the share of the stored parameters to remove")
@@ -526,8 +544,11 @@ def _show_table(columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
 def _show_list(described: Sequence[dict[str, Any]], refused: Sequence[dict[str, str]]) -> None:
     rows = [{**d, "options": ", ".join(f"{k}={v}" for k, v in d["options"].items())} for d in described]
     _show_table(("kind", "name", "paper", "distribution", "version", "options"), rows)
+    together: dict[tuple[str, str], list[str]] = {}
     for pair in refused:
-        typer.echo(f"incompatible: {pair['metric']} x {pair['strategy']}: {pair['reason']}")
+        together.setdefault((pair["strategy"], pair["reason"]), []).append(pair["metric"])
+    for (strategy, reason), metrics in together.items():
+        typer.echo(f"incompatible: {', '.join(metrics)} x {strategy}: {reason}")
     if not refused:
         typer.echo("every metric works with every strategy")
 

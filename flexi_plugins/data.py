@@ -216,18 +216,23 @@ class Statistics:
         return self.values[name]
 
 
+Rule = Literal["auto", "divided", "undivided", "standardised", "standardised-divided"]
+
+
 @dataclass(frozen=True, eq=False)
 class Scores:
     """Importance of the parts of a model, float32 on the CPU. Higher means keep.
 
     block: (blocks,). attention: per block (KV heads,). mlp: per block (channels,). With ``comparable`` the unit scores
     are non-negative estimates of the total harm of losing the unit, in one scale for heads, channels and all blocks.
+    rule: how the method itself ranks units of all blocks (see ``budget.priorities``), where it says so.
     """
 
     block: Tensor | None = None
     attention: tuple[Tensor, ...] | None = None
     mlp: tuple[Tensor, ...] | None = None
     comparable: bool = False
+    rule: Rule = "auto"
 
     def check(self, who: str, shape: ModelShape) -> Scores:
         """Return self if the scores fit the shape, are finite float32 and keep the promise of ``comparable``."""
@@ -261,11 +266,15 @@ def _check_scores(who: str, kind: str, index: int, value: Tensor, width: int, no
 
 @dataclass(frozen=True)
 class Part:
-    """Units taken from one old block: ascending indices of KV heads (with their query heads) and channels; None = all."""
+    """Units taken from one old block: ascending indices of KV heads (with their query heads) and channels; None = all.
+
+    query_heads: the query heads that go with the KV heads, where they are not those that belong to them.
+    """
 
     source: int
     kv_heads: tuple[int, ...] | None = None
     channels: tuple[int, ...] | None = None
+    query_heads: tuple[int, ...] | None = None
 
 
 Weighted = tuple[tuple[int, float], ...]  # ((source block, coefficient), ...)
@@ -278,7 +287,8 @@ class BlockRecipe:
     parts: taken in order and concatenated; or mix: weighted sum of whole blocks. norms: the weights of norms, q/k norms
     and output biases (default: the first part's block, or the mix). shares: source of a whole, unshared block of the
     same plan with whose linear maps this one runs; it keeps the norms and biases of its part, has adapters of ``rank``,
-    and with ``output_norm`` normalises both sub-layers' outputs. gain: factor on the residual that enters it.
+    and with ``output_norm`` normalises both sub-layers' outputs. gain: factor on the residual that enters it. own: tensors
+    ``ROLE.weight`` or ``ROLE.bias`` that are new, attached to the plan instead of read (a compensating bias, a merged map).
     """
 
     parts: tuple[Part, ...] = ()
@@ -288,6 +298,7 @@ class BlockRecipe:
     rank: int = 0
     output_norm: bool = False
     gain: float = 1.0
+    own: tuple[str, ...] = ()
 
     @property
     def sources(self) -> tuple[int, ...]:
@@ -302,11 +313,10 @@ class BlockRecipe:
     @property
     def whole(self) -> int | None:
         """The old block that this one is, unchanged; None if it is anything else."""
-        untouched = self.norm_weights == ((self.sources[0], 1.0),) and self.gain == 1.0
+        untouched = self.norm_weights == ((self.sources[0], 1.0),) and self.gain == 1.0 and not self.own
         if self.shares is not None or self.mix or len(self.parts) != 1 or not untouched:
             return None
-        part = self.parts[0]
-        return part.source if part.kv_heads is None and part.channels is None else None
+        return self.parts[0].source if self.parts[0] == Part(self.parts[0].source) else None
 
 
 @dataclass(frozen=True)
@@ -352,8 +362,8 @@ class PruningPlan:
     def compose(self, step: PruningPlan) -> PruningPlan:
         """Return the plan of the original model that equals ``step`` applied to the model of this plan.
 
-        Closed over parts, norms, gains, removal, and mixes of whole blocks; anything else is an error that names the
-        block. A removed block's gain passes to the next block that stays.
+        Closed over parts, norms, gains, removal, mixes of whole blocks, and new tensors of whole blocks; anything else is
+        an error that names the block. A removed block's gain passes to the next block that stays.
         """
         if step.shape != self.new_shape:
             raise FlexiError("compose: the step was made for a model of another shape than this plan's")
@@ -382,17 +392,22 @@ class PruningPlan:
         for position, recipe in enumerate(step.blocks):
             for old in recipe.sources:
                 prefix = f"blocks.{old}."
-                kept += [
-                    (f"blocks.{position}.{n.removeprefix(prefix)}", d) for n, d in self.tensors if n.startswith(prefix)
-                ]
+                names = {n.removeprefix(prefix): d for n, d in self.tensors if n.startswith(prefix)}
+                kept += [(f"blocks.{position}.{n}", d) for n, d in names.items() if n not in recipe.own]
         return kept
 
     def _compose_block(self, position: int, recipe: BlockRecipe, carried: float) -> BlockRecipe:
         inner = [self.blocks[s] for s in recipe.sources]
         norms = _combine((c, self.blocks[s].norm_weights) for s, c in recipe.norm_weights)
         gain = recipe.gain * carried * inner[0].gain
-        if replace(recipe, gain=1.0).whole is not None:
-            return replace(inner[0], gain=gain)
+        if replace(recipe, gain=1.0, own=()).whole is not None and not (recipe.own and inner[0].shares is not None):
+            return replace(inner[0], gain=gain, own=tuple(sorted({*inner[0].own, *recipe.own})))
+        remade = next((r for r in inner if r.own), None)
+        if remade is not None:
+            raise FlexiError(
+                f"compose: block {position} takes units of block {remade.sources[0]}, which has tensors of its own "
+                f"({remade.own[0]})"
+            )
         if any(r.gain != 1.0 for r in inner[1:]):
             raise FlexiError(f"compose: block {position} merges blocks with gains; apply the gains last")
         if recipe.shares is not None:
@@ -410,7 +425,7 @@ class PruningPlan:
         if any(r.mix for r in inner):
             raise FlexiError(f"compose: block {position} takes units of a mix of blocks; only whole mixes compose")
         parts = tuple(p for part in recipe.parts for p in _select(self.shape, self.blocks[part.source].parts, part))
-        return _canonical(BlockRecipe(parts=parts, norms=norms, gain=gain))
+        return _canonical(BlockRecipe(parts=parts, norms=norms, gain=gain, own=recipe.own))
 
     def _compose_mix(self, position: int, recipe: BlockRecipe) -> Weighted:
         terms = []
@@ -444,12 +459,19 @@ class PruningPlan:
         """Shape of the pruned model (shared weights look like their own; adapters are not part of a shape)."""
         return replace(self.shape, blocks=tuple(self.block_shape(r) for r in self.blocks))
 
+    def added_biases(self, recipe: BlockRecipe) -> tuple[str, ...]:
+        """Roles of the linear maps that get a bias which the original's have not."""
+        biases = (name.removesuffix(".bias") for name in recipe.own if name.endswith(".bias"))
+        return tuple(role for role in biases if not self.shape.has_bias(role))
+
     def adapter_parameters(self, recipe: BlockRecipe) -> int:
-        """Parameters of a recipe's adapters and output norms."""
+        """Parameters of a recipe's adapters, output norms and added biases."""
         block = self.block_shape(recipe)
-        adapters = sum(min(recipe.rank, r, c) * (r + c) for r, c in self.shape.maps(block).values())
+        maps = self.shape.maps(block)
+        adapters = sum(min(recipe.rank, r, c) * (r + c) for r, c in maps.values())
         outputs = bool(block.kv_heads) + bool(block.channels)
-        return (adapters if recipe.rank else 0) + recipe.output_norm * outputs * self.shape.hidden
+        biases = sum(maps[role][0] for role in self.added_biases(recipe))
+        return (adapters if recipe.rank else 0) + recipe.output_norm * outputs * self.shape.hidden + biases
 
     @property
     def stored_parameters(self) -> int:
@@ -484,20 +506,29 @@ class PruningPlan:
         """Share of the original's stored parameters that is gone."""
         return 1.0 - self.stored_parameters / self.shape.parameters
 
+    @property
+    def total_gain(self) -> float:
+        """By what the residual stream at the last block is larger than without any gain: the product of all gains."""
+        return math.prod((self.embedding_gain, *(r.gain for r in self.blocks)))
+
+    @property
+    def has_gains(self) -> bool:
+        """Whether any gain is not 1."""
+        return {self.embedding_gain, self.final_norm_gain, *(r.gain for r in self.blocks)} != {1.0}
+
     def not_plain(self) -> str | None:
-        """Say why this plan has no plain checkpoint of the original architecture; None if it has one."""
+        """Say why this plan has no plain checkpoint of the original architecture; None if it has one.
+
+        Gains are no reason: a plain export folds them into weights.
+        """
         shapes = {replace(b, attention_type="") for b in self.new_shape.blocks}
         for position, (recipe, block) in enumerate(zip(self.blocks, self.new_shape.blocks, strict=True)):
             if recipe.shares is not None:
                 return f"block {position} shares the weights of block {recipe.shares}"
-            if recipe.gain != 1.0:
-                return f"block {position} has a gain of {recipe.gain:g}"
+            if self.added_biases(recipe):
+                return f"block {position} has a bias of its own on its {self.added_biases(recipe)[0]} map"
             if not block.kv_heads or not block.channels:
                 return f"block {position} has no {'attention' if not block.kv_heads else 'MLP'}"
-        if self.embedding_gain != 1.0 or self.final_norm_gain != 1.0:
-            return "the embedding or the final norm has a gain"
-        if self.tensors:
-            return f"it has attached tensors ({self.tensors[0][0]}, ...)"
         if len(shapes) > 1:
             widths = sorted({(b.kv_heads, b.channels) for b in shapes})
             return f"its blocks differ in width (KV heads, channels): {widths[0]} ... {widths[-1]}"
@@ -569,8 +600,32 @@ class PruningPlan:
             _check_indices(
                 f"{where}: channels of block {part.source}", part.channels, self.shape.blocks[part.source].channels
             )
+            self._check_query_heads(f"{where}: query heads of block {part.source}", part)
         _check_gain(f"{where}: gain", recipe.gain)
+        self._check_own(where, recipe)
         self._check_sharing(where, recipe)
+
+    def _check_query_heads(self, where: str, part: Part) -> None:
+        if part.query_heads is None:
+            return
+        block = self.shape.blocks[part.source]
+        _check_indices(where, part.query_heads, block.query_heads)
+        expected = _count(part.kv_heads, block.kv_heads) * block.group
+        if len(part.query_heads) != expected:
+            raise FlexiError(f"{where}: expected {expected} for these KV heads, found {len(part.query_heads)}")
+
+    def _check_own(self, where: str, recipe: BlockRecipe) -> None:
+        maps = self.shape.maps(self.block_shape(recipe))
+        for name in recipe.own:
+            role, _, kind = name.partition(".")
+            if role not in maps or kind not in ("weight", "bias"):
+                raise FlexiError(
+                    f"{where}: tensor of its own {name!r}, expected ROLE.weight or ROLE.bias, ROLE of {[*maps]}"
+                )
+        if list(recipe.own) != sorted(set(recipe.own)):
+            raise FlexiError(f"{where}: tensors of its own must be sorted without repetition, found {recipe.own}")
+        if recipe.own and recipe.shares is not None:
+            raise FlexiError(f"{where}: a block that shares weights has adapters, and no tensors of its own")
 
     def _check_sharing(self, where: str, recipe: BlockRecipe) -> None:
         if recipe.shares is None:
@@ -603,7 +658,7 @@ def _canonical(recipe: BlockRecipe) -> BlockRecipe:
 
 
 def _is_whole_part(recipe: BlockRecipe) -> bool:
-    return len(recipe.parts) == 1 and recipe.parts[0].kv_heads is None and recipe.parts[0].channels is None
+    return len(recipe.parts) == 1 and recipe.parts[0] == Part(recipe.parts[0].source)
 
 
 def _check_gain(where: str, value: float) -> None:
@@ -630,6 +685,12 @@ def _combine(terms: Iterable[tuple[float, Weighted]]) -> Weighted:
 
 def _select(shape: ModelShape, parts: Sequence[Part], outer: Part) -> list[Part]:
     """Take the units that ``outer`` names from the concatenation of ``parts``."""
+    if outer.query_heads is not None and list(parts) == [Part(parts[0].source)]:
+        return [replace(outer, source=parts[0].source)]
+    if outer.query_heads is not None or (outer.kv_heads is not None and any(p.query_heads is not None for p in parts)):
+        raise FlexiError(
+            f"compose: heads of block {parts[0].source} were chosen before, with query heads that do not belong to them"
+        )
     result, heads_before, channels_before = [], 0, 0
     for part in parts:
         block = shape.blocks[part.source]
@@ -640,6 +701,7 @@ def _select(shape: ModelShape, parts: Sequence[Part], outer: Part) -> list[Part]
                 part.source,
                 part.kv_heads if outer.kv_heads is None else _window(heads, outer.kv_heads, heads_before),
                 part.channels if outer.channels is None else _window(channels, outer.channels, channels_before),
+                part.query_heads,
             )
         )
         heads_before, channels_before = heads_before + len(heads), channels_before + len(channels)
@@ -662,10 +724,11 @@ def _recipe_from_json(value: Mapping[str, Any]) -> BlockRecipe:
     def indices(part: Mapping[str, Any], key: str) -> tuple[int, ...] | None:
         return tuple(part[key]) if part.get(key) is not None else None
 
-    parts = tuple(Part(p["source"], indices(p, "kv_heads"), indices(p, "channels")) for p in value.get("parts", ()))
+    units = ("kv_heads", "channels", "query_heads")
+    parts = tuple(Part(p["source"], *(indices(p, key) for key in units)) for p in value.get("parts", ()))
     weighted: dict[str, Any] = {k: tuple((int(s), float(c)) for s, c in value.get(k, ())) for k in ("mix", "norms")}
-    rest: dict[str, Any] = {k: v for k, v in value.items() if k not in ("parts", "mix", "norms")}
-    return BlockRecipe(parts=parts, **weighted, **rest)
+    rest: dict[str, Any] = {k: v for k, v in value.items() if k not in ("parts", "mix", "norms", "own")}
+    return BlockRecipe(parts=parts, own=tuple(value.get("own", ())), **weighted, **rest)
 
 
 # ------------------------------------------------------------------------------------------- results

@@ -77,7 +77,10 @@ class ImportanceMetric(Protocol):
 
     name: ClassVar[str]
     paper: ClassVar[str]
-    gives: ClassVar[frozenset[str]]  # of "block", "attention", "mlp"
+
+    @property
+    def gives(self) -> frozenset[str]:
+        """Kinds of scores it makes, of "block", "attention", "mlp"."""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -88,7 +91,11 @@ class ImportanceMetric(Protocol):
 
 
 class ReplacementStrategy(Protocol):
-    """Turns scores into a plan. A progressive strategy plans one step at a time, with fresh statistics."""
+    """Turns scores into a plan. A progressive strategy plans one step at a time, with fresh statistics.
+
+    A paper's own measure of how much goes may take the place of the ratio: an option that a class variable ``knobs``
+    names (a tuple; without it, ``blocks``, ``merges`` and ``fraction`` are), where it is not None.
+    """
 
     name: ClassVar[str]
     paper: ClassVar[str]
@@ -99,7 +106,7 @@ class ReplacementStrategy(Protocol):
 
     @property
     def wants(self) -> frozenset[str]:
-        """Kinds of scores it uses, of "block", "attention", "mlp"."""
+        """Kinds of scores it uses, of "block", "attention", "mlp"; none: it chooses by itself, and goes with metric none."""
 
     @property
     def progressive(self) -> bool:
@@ -117,8 +124,8 @@ class ReplacementStrategy(Protocol):
     def finished(self, plan: PruningPlan, budget: Budget) -> bool:
         """Whether this plan of the original model needs no further step."""
 
-    def tensors(self, plan: PruningPlan, weights: Weights) -> dict[str, Tensor]:
-        """Make the new tensors of a plan (``blocks.POSITION.NAME`` -> tensor), adapters for instance; {} for none."""
+    def tensors(self, request: TensorRequest) -> dict[str, Tensor]:
+        """Make the new tensors of a plan (``blocks.POSITION.NAME`` -> tensor) that are not there yet; {} for none."""
 
 
 class RecoveryMethod(Protocol):
@@ -153,9 +160,12 @@ class Statistic(Protocol):
     alone). ``backward`` says that it reads gradients (``GradientTrace``) instead of activations (``BlockTrace``).
     """
 
-    name: ClassVar[str]
     span: ClassVar[int]
     backward: ClassVar[bool]
+
+    @property
+    def name(self) -> str:
+        """Its name in ``needs``."""
 
     def observe(self, trace: Any) -> dict[str, Tensor]:
         """Return what one batch (forward) or one set of samples (backward) adds to the block's sums, float32."""
@@ -201,10 +211,13 @@ class ReportFormat(Protocol):
 
 
 class Weights(Protocol):
-    """Lazy access to the weights of a model: in a request the current one's, in ``tensors`` the original's."""
+    """Lazy access to the weights of a model: in a pruning request the current one's, in a tensor request the original's."""
 
     def block(self, index: int) -> Mapping[str, Tensor]:
         """Return the linear maps of a block by role: query, key, value, attention_output, gate, up, down."""
+
+    def vectors(self, index: int) -> Mapping[str, Tensor]:
+        """Return the norms and biases of a block by name, as in ``ModelShape.vectors``."""
 
     def cached(self, key: Any, make: Callable[[], Any]) -> Any:
         """Return ``make()``, computed once per model: for factorisations that several plans need."""
@@ -231,14 +244,25 @@ def _no_quality(plans: Sequence[PruningPlan], measure: str = "loss") -> list[flo
     raise RuntimeError("this request cannot run candidate plans")
 
 
+def _no_statistics(names: Iterable[str]) -> Statistics:
+    raise RuntimeError("this request cannot take statistics")
+
+
+def _no_traces(*_: Any) -> Iterable[tuple[BlockTrace, Tensor]]:
+    raise RuntimeError("this request cannot run blocks")
+
+
 @dataclass(frozen=True)
 class PruningRequest:
     """What a metric and a strategy are handed. ``plan`` is the plan so far, ``shape`` the shape of its model.
 
     ``scores`` is set for strategies. ``weights`` are the current model's, and None when only parameters are to be
     counted (``counting``): a strategy then makes any choice of the right size. ``quality(plans, measure)`` runs plans of
-    the *original* model on the calibration tokens and returns a number for each, lower is better (measure "loss": mean
-    negative log-likelihood in nats per token).
+    the *original* model on the calibration tokens, in one sweep, and returns a number for each, lower is better; measure
+    "loss": mean negative log-likelihood in nats per token; "turn": 1 - cosine of the last block's output and the original
+    model's, mean over tokens; "chrf": minus chrF++ of what it generates as the second half of each calibration window;
+    infinity where a model breaks down.
+    Tensors that the plan so far has are known; others are made by the strategy that a plan's origin names.
     """
 
     shape: ModelShape
@@ -257,6 +281,28 @@ class PruningRequest:
 
 
 @dataclass(frozen=True)
+class TensorRequest:
+    """What ``tensors`` is handed: a plan of the original model, and what its new tensors can be made of.
+
+    before: the plan in front of this step (the identity for strategies that take one step). weights: the original's.
+    attached: tensors that the plan has already, from earlier steps. statistics(names): of the model of ``before``.
+    quality: as in ``PruningRequest``; ``quality(plans, measure, tensors)`` takes the new tensors of each plan.
+    traces(position, (plan, end)): for every calibration batch what the block at a position of ``before``'s model does,
+    and the residual stream (tokens, d) behind block ``end`` of another plan's model (``before`` itself, or the
+    identity's) on the same tokens.
+    """
+
+    plan: PruningPlan
+    before: PruningPlan
+    weights: Weights
+    attached: Mapping[str, Tensor] = field(default_factory=dict)
+    seed: int = 0
+    statistics: Callable[[Iterable[str]], Statistics] = _no_statistics
+    quality: Callable[..., list[float]] = _no_quality
+    traces: Callable[[int, tuple[PruningPlan, int]], Iterable[tuple[BlockTrace, Tensor]]] = _no_traces
+
+
+@dataclass(frozen=True)
 class BlockTrace:
     """What one block did to one batch, in the compute dtype unless said otherwise. d is the hidden size.
 
@@ -264,7 +310,9 @@ class BlockTrace:
     ``span - 1`` blocks, oldest first. attention_inner, mlp_inner: inputs of the attention output map (tokens, query
     heads x head_dim) and of the down map (tokens, channels); None where the sub-layer is absent. middle: (tokens, d),
     the residual stream after attention. attention_weight, mlp_weight: weights of those two maps, (d, columns).
-    last: (tokens,) bool, True at the last token of each sequence.
+    last: (tokens,) bool, True at the last token of each sequence; sequences are of equal length. sequences: their numbers
+    among the ``total`` calibration sequences, for a statistic that keeps something of each: sums of (total, ...) tensors
+    that are zero elsewhere put them side by side.
     """
 
     index: int
@@ -279,6 +327,8 @@ class BlockTrace:
     attention_weight: Tensor | None
     mlp_weight: Tensor | None
     last: Tensor
+    sequences: range = range(0)
+    total: int = 0
 
 
 @dataclass(frozen=True)

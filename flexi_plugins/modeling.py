@@ -53,13 +53,14 @@ class BlockConfig:
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """What a block needs beside weights: its widths, its donor's position, adapter rank, output norm and gain."""
+    """What a block needs beside weights: its widths, its donor's position, adapter rank, output norm, gain, new biases."""
 
     shape: BlockShape
     shares: int | None = None
     rank: int = 0
     output_norm: bool = False
     gain: float = 1.0
+    biases: tuple[str, ...] = ()
 
     @classmethod
     def of_plan(cls, plan: PruningPlan) -> list[BlockSpec]:
@@ -72,6 +73,7 @@ class BlockSpec:
                 r.rank,
                 r.output_norm,
                 r.gain,
+                plan.added_biases(r),
             )
             for r in plan.blocks
         ]
@@ -79,7 +81,7 @@ class BlockSpec:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> BlockSpec:
         """Read what ``dataclasses.asdict`` wrote."""
-        return cls(**{**value, "shape": BlockShape(**value["shape"])})
+        return cls(**{**value, "shape": BlockShape(**value["shape"]), "biases": tuple(value.get("biases", ()))})
 
 
 class AdaptedLinear(nn.Module):
@@ -202,6 +204,9 @@ def build_block(
     if spec.shares is not None:
         assert donor is not None, "a sharing block is built after its donor"
         _share(block, family, spec, donor)
+    for role in spec.biases:
+        linear = _linear(block, family.ROLES[role])
+        linear.bias = nn.Parameter(linear.weight.new_zeros(linear.weight.shape[0]))
     if spec.gain != 1.0:
         block.__dict__["input_gain"] = spec.gain  # a plain number, not a buffer: it is in the configuration
         block.register_forward_pre_hook(_scale_input)
@@ -316,6 +321,31 @@ class FlexiForCausalLM(PreTrainedModel, GenerationMixin):
                     donor = None if spec.shares is None else blocks[spec.shares]
                     blocks[position] = build_block(block_class, base, family, spec, indices[position], donor)
         return [b for b in blocks if b is not None]
+
+    def draft(self) -> FlexiForCausalLM:
+        """Return the model without its blocks that share weights, on the same storage: FlexiGPT's draft.
+
+        ``model.generate(..., assistant_model=model.draft())`` is self-speculative decoding: the draft proposes tokens, the
+        whole model verifies them, and what comes out is what it writes alone (greedily; sampled from its distribution).
+        """
+        entries = list(self.config.blocks or ())
+        kept = [p for p, entry in enumerate(entries) if entry["shares"] is None]
+        config = type(self.config).from_dict(self.config.to_dict())
+        config.blocks, config.num_hidden_layers = [entries[p] for p in kept], len(kept)
+        config.dtype = self.dtype
+        blocks = f"model.{(config.family or {})['blocks']}."
+        places = {f"{blocks}{old}.": f"{blocks}{new}." for new, old in enumerate(kept)}
+        state = {}
+        for name, tensor in self.state_dict().items():
+            own = next((place for place in places if name.startswith(place)), None)
+            if own is not None or not name.startswith(blocks):
+                state[places[own] + name.removeprefix(own) if own else name] = tensor
+        with init_empty_weights(include_buffers=False):
+            draft = FlexiForCausalLM(config)
+        draft.load_state_dict(state, strict=True, assign=True)
+        draft.tie_weights()
+        draft.generation_config = self.generation_config
+        return draft.eval().requires_grad_(False).to(self.device)
 
     def forward(
         self,

@@ -26,8 +26,11 @@ BUILT_IN = (
     "flexi_plugins.metrics.flexigpt",
     "flexi_plugins.metrics.come",
     "flexi_plugins.metrics.saap",
+    "flexi_plugins.metrics.greedy",
+    "flexi_plugins.metrics.none",
     "flexi_plugins.strategies.share_lora",
     "flexi_plugins.strategies.concat_merge",
+    "flexi_plugins.strategies.least_squares_merge",
     "flexi_plugins.strategies.remove_blocks",
     "flexi_plugins.strategies.remove_units",
     "flexi_plugins.recovery.none",
@@ -269,6 +272,39 @@ def _where(value: Any) -> str:
 def options_of(value: Any) -> dict[str, Any]:
     """Return the options of a plugin object with their current values."""
     return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+
+
+def options_json(value: Any) -> Mapping[str, Any]:
+    """Return a plugin's options as JSON values."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in options_of(value).items()}
+
+
+def own_knob(strategy: hookspecs.ReplacementStrategy) -> bool:
+    """Whether an option of the strategy (a paper's own knob) takes the place of the ratio."""
+    knobs: tuple[str, ...] = getattr(strategy, "knobs", ("blocks", "merges", "fraction"))
+    return any(getattr(strategy, name, None) is not None for name in knobs)
+
+
+def check_compatible(metric: hookspecs.ImportanceMetric, strategy: hookspecs.ReplacementStrategy) -> None:
+    """Raise unless the metric gives what the strategy wants."""
+    reason = incompatible(metric, strategy)
+    if reason:
+        raise FlexiError(reason)
+
+
+def incompatible(metric: hookspecs.ImportanceMetric, strategy: hookspecs.ReplacementStrategy) -> str | None:
+    """Say why a metric and a strategy cannot work together; None if they can."""
+    if not strategy.wants and metric.gives:
+        return f"{strategy.name} chooses without scores; it goes with the metric none"
+    missing = strategy.wants - metric.gives
+    if not missing:
+        return None
+    if not metric.gives:
+        return f"{strategy.name} wants {', '.join(sorted(strategy.wants))} scores, {metric.name} gives none"
+    return (
+        f"{strategy.name} wants {', '.join(sorted(strategy.wants))} scores, "
+        f"{metric.name} gives {', '.join(sorted(metric.gives))} only"
+    )
 
 
 def with_options(kind: str, value: Any, options: Mapping[str, Any]) -> Any:

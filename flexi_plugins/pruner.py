@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,18 @@ from flexi_plugins.checkpoint import Checkpoint
 from flexi_plugins.corpora.files import find_corpus
 from flexi_plugins.corpora.windows import token_windows
 from flexi_plugins.data import ModelShape, PruningPlan, Scores, Statistics
-from flexi_plugins.errors import FlexiError
+from flexi_plugins.errors import FlexiError, unknown
 from flexi_plugins.execution.blocks import Blocks
 from flexi_plugins.execution.sweep import Planned
-from flexi_plugins.hookspecs import Budget, ImportanceMetric, PruningRequest, ReplacementStrategy
+from flexi_plugins.generation import chrf
+from flexi_plugins.hookspecs import Budget, ImportanceMetric, PruningRequest, ReplacementStrategy, TensorRequest
 from flexi_plugins.machine import Machine
 from flexi_plugins.models import open_model
-from flexi_plugins.plugins import Plugins, options_of
+from flexi_plugins.plugins import Plugins, check_compatible, options_of, own_knob
 from flexi_plugins.progress import Progress
 from flexi_plugins.rewrite import PlanWeights, build_model, needed_tensors, with_digests, write_checkpoint
+
+MEASURES = ("loss", "turn", "chrf")  # what ``quality`` can be asked for
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,10 @@ class Pruner:
         self.data = Path(data) if data else None
         self.dtype = self.machine.dtype(dtype)
         self.progress = progress or Progress(quiet=True)
+
+    @property
+    def _original(self) -> Planned:
+        return Planned(PruningPlan.identity(self.checkpoint.shape))
 
     # -- calibration
 
@@ -115,7 +123,7 @@ class Pruner:
     def score(self, metric: str | ImportanceMetric, planned: Planned | None = None) -> Scores:
         """Return a metric's scores of the dense model, or of a plan's model."""
         chosen = self._plugin("metric", metric)
-        planned = planned or Planned(PruningPlan.identity(self.checkpoint.shape))
+        planned = planned or self._original
         request = self._request(planned, Budget(self.checkpoint.shape.parameters, 0.5), chosen.needs)
         return self._scores(chosen, request)
 
@@ -127,39 +135,85 @@ class Pruner:
         say: Callable[[str], None] = lambda text: None,
     ) -> PruningPlan:
         """Return the plan of a metric and a strategy at a ratio; no weight is changed and no new tensor made."""
+        return self.steps(metric, strategy, ratio, say).plan
+
+    def make(
+        self,
+        metric: str | ImportanceMetric,
+        strategy: str | ReplacementStrategy,
+        ratio: float,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> Planned:
+        """Return the plan of a metric and a strategy at a ratio with its new tensors."""
+        planned = self.steps(metric, strategy, ratio, say)
+        return self._attached(planned, self._plugin("strategy", strategy), self._original)
+
+    def steps(self, metric: Any, strategy: Any, ratio: float, say: Callable[[str], None]) -> Planned:
+        """Plan step by step; new tensors are made where the next step looks at them, so of progressive strategies only."""
         chosen, replacement = self._plugin("metric", metric), self._plugin("strategy", strategy)
         check_compatible(chosen, replacement)
-        plan = PruningPlan.identity(self.checkpoint.shape)
-        budget = Budget(plan.shape.parameters, ratio)
+        planned = self._original
+        shape = planned.plan.shape
+        budget = Budget(shape.parameters, ratio)
         if not own_knob(replacement):
-            check_reach(replacement.name, budget, replacement.reach(plan.shape))
+            check_reach(replacement.name, budget, replacement.reach(shape))
         steps = 0
         while True:
-            request = self._request(Planned(plan), budget, chosen.needs | replacement.needs)
+            request = self._request(planned, budget, chosen.needs | replacement.needs)
             request = replace(request, scores=self._scores(chosen, request))
-            before, plan = plan, plan.compose(replacement.plan(request))
+            before = planned
+            planned = _carried(before.plan.compose(replacement.plan(request)), before)
             steps += 1
-            say(f"step {steps}: {len(plan.blocks)} blocks, ratio {plan.ratio:.4f}")
-            if not replacement.progressive or replacement.finished(plan, budget):
+            say(f"step {steps}: {len(planned.plan.blocks)} blocks, ratio {planned.plan.ratio:.4f}")
+            if replacement.progressive:
+                _check_progress(replacement, before.plan, planned.plan)
+                planned = self._attached(planned, replacement, before)
+            if not replacement.progressive or replacement.finished(planned.plan, budget):
                 break
-            _check_progress(replacement, before, plan)
-        self.calibrator.forget([PruningPlan.identity(self.checkpoint.shape)])
-        return replace(plan, origin={**origin(chosen, replacement, ratio), **plan.origin})
+        self.calibrator.forget([self._original.plan])
+        made_by = {**origin(chosen, replacement, ratio), **planned.plan.origin}
+        return replace(planned, plan=replace(planned.plan, origin=made_by))
 
     def attach(self, plan: PruningPlan) -> Planned:
         """Make the new tensors of a plan, where it has any: by the strategy that its origin names."""
-        if not needed_tensors(plan):
+        missing = needed_tensors(plan)
+        if not missing:
             return Planned(plan)
         made_by = plan.origin.get("strategy")
         if not made_by:
             raise FlexiError(
-                "plan: it needs adapters, and neither has them attached nor says which strategy makes them"
+                "plan: it needs new tensors, and neither has them attached nor says which strategy makes them"
             )
         strategy = self.plugins.get("strategy", made_by, plan.origin.get("strategy_options"))
-        attached = strategy.tensors(plan, self.checkpoint)
-        for name, tensor in attached.items():
+        if strategy.progressive:
+            raise FlexiError(
+                f"plan: {len(missing)} tensors ({missing[0]}, ...) are missing that {made_by} made step by step; they lie "
+                "beside the plan, or make the plan again"
+            )
+        return self._attached(Planned(plan), strategy, self._original)
+
+    def _attached(self, planned: Planned, strategy: ReplacementStrategy, before: Planned) -> Planned:
+        """Return the plan with its missing tensors made; ``before`` is what the step that brought them saw."""
+        plan = planned.plan
+        if set(needed_tensors(plan)) <= set(planned.attached):
+            return planned
+        request = TensorRequest(
+            plan=plan,
+            before=before.plan,
+            weights=self.checkpoint,
+            attached=planned.attached,
+            seed=self.seed,
+            statistics=lambda names: self.calibrator.statistics(before, names),
+            quality=partial(self._quality, planned),
+            traces=lambda position, target: self.calibrator.traces(
+                before, position, _carried(target[0], before), target[1]
+            ),
+        )
+        made = strategy.tensors(request)
+        for name, tensor in made.items():
             if not bool(tensor.isfinite().all()):
-                raise FlexiError(f"strategy {made_by!r}: its tensor {name!r} is not finite (NaN or infinity)")
+                raise FlexiError(f"strategy {strategy.name!r}: its tensor {name!r} is not finite (NaN or infinity)")
+        attached = {**planned.attached, **made}
         return Planned(with_digests(plan, attached), attached)
 
     def model(self, plan: PruningPlan | Planned, dtype: str | None = None) -> nn.Module:
@@ -188,45 +242,60 @@ class Pruner:
             statistics=statistics,
             weights=PlanWeights(planned.plan, self.checkpoint, planned.attached),
             seed=self.seed,
-            quality=self._quality,
+            quality=partial(self._quality, planned),
         )
 
-    def _quality(self, plans: Iterable[PruningPlan], measure: str = "loss") -> list[float]:
-        if measure != "loss":
-            raise FlexiError(f"quality: unknown measure {measure!r}; there is loss")
-        return self.calibrator.losses([self.attach(p) for p in plans])
+    def _quality(
+        self,
+        current: Planned,
+        plans: Sequence[PruningPlan],
+        measure: str = "loss",
+        tensors: Sequence[Mapping[str, Tensor]] | None = None,
+    ) -> list[float]:
+        """Return a number for each plan, lower is better; see ``PruningRequest``. current: whose tensors are known.
+
+        A model that breaks down, with states that are not finite, is infinitely bad.
+        """
+        found = self._measured(current, plans, measure, tensors)
+        return [math.inf if math.isnan(value) else value for value in found]
+
+    def _measured(
+        self,
+        current: Planned,
+        plans: Sequence[PruningPlan],
+        measure: str,
+        tensors: Sequence[Mapping[str, Tensor]] | None,
+    ) -> list[float]:
+        candidates = []
+        for plan, new in zip(plans, tensors or [{}] * len(plans), strict=True):
+            planned = _carried(plan, current)
+            if new:
+                attached = {**planned.attached, **new}
+                planned = Planned(with_digests(plan, attached), attached)
+            complete = set(needed_tensors(plan)) <= set(planned.attached)
+            candidates.append(planned if complete else self.attach(plan))
+        if measure == "loss":
+            return self.calibrator.losses(candidates)
+        if measure == "turn":
+            return self.calibrator.turns(candidates)
+        if measure == "chrf":
+            return chrf(candidates, self.model, self.texts[0], self.tokenizer, self.progress)
+        raise FlexiError(unknown("quality measure", measure, MEASURES))
 
     def _scores(self, metric: ImportanceMetric, request: PruningRequest) -> Scores:
         return metric.score(request).check(f"metric {metric.name!r}", request.shape)
+
+
+def _carried(plan: PruningPlan, before: Planned) -> Planned:
+    """Return a plan with those of its tensors that an earlier plan has, known by their digests."""
+    known = {digest: before.attached[name] for name, digest in before.plan.tensors}
+    return Planned(plan, {name: known[digest] for name, digest in plan.tensors if digest in known})
 
 
 def resident(checkpoint: Checkpoint, machine: Machine) -> Checkpoint:
     """Return the checkpoint with what it has read kept in memory, if that leaves half of the memory free."""
     fits = 2 * checkpoint.bytes_of(checkpoint.tensor_names()) <= machine.budget()[0]
     return checkpoint.resident() if fits else checkpoint
-
-
-def check_compatible(metric: ImportanceMetric, strategy: ReplacementStrategy) -> None:
-    """Raise unless the metric gives what the strategy wants."""
-    reason = incompatible(metric, strategy)
-    if reason:
-        raise FlexiError(reason)
-
-
-def incompatible(metric: ImportanceMetric, strategy: ReplacementStrategy) -> str | None:
-    """Say why a metric and a strategy cannot work together; None if they can."""
-    missing = strategy.wants - metric.gives
-    if not missing:
-        return None
-    return (
-        f"{strategy.name} wants {', '.join(sorted(strategy.wants))} scores, "
-        f"{metric.name} gives {', '.join(sorted(metric.gives))} only"
-    )
-
-
-def own_knob(strategy: ReplacementStrategy) -> bool:
-    """Whether an option of the strategy (a paper's own knob) takes the place of the ratio."""
-    return any(getattr(strategy, name, None) is not None for name in ("blocks", "merges", "fraction"))
 
 
 def origin(metric: ImportanceMetric, strategy: ReplacementStrategy, ratio: float) -> dict[str, Any]:
@@ -318,8 +387,3 @@ def _what(plan: PruningPlan, position: int) -> str:
 
 def _units(units: tuple[int, ...] | None) -> str:
     return "all" if units is None else str(len(units))
-
-
-def options_json(value: Any) -> Mapping[str, Any]:
-    """Return a plugin's options as JSON values."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in options_of(value).items()}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from flexi_plugins.data import Record
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.plugins import Plugins, told
+from flexi_plugins.reports.published import COLUMNS, read_published, render, side_by_side
 from flexi_plugins.store import Store, replacing, rows
 
 
@@ -44,6 +46,32 @@ def publish(plugins: Plugins, source: Path, target: Path) -> list[Path]:
     for record in records:
         store.write(record)
     return write_reports(plugins, records, target, source.name)
+
+
+PUBLISHED = Path(__file__).parents[1] / "baselines" / "published.csv"
+"""Published numbers, where the package is used from its repository."""
+
+
+def write_published(
+    plugins: Plugins, records: Sequence[Record], folder: Path, title: str, numbers: Path | None = None
+) -> tuple[Path, list[dict[str, Any]]]:
+    """Write PUBLISHED.md into a folder: published numbers beside the study's own; return the file and the pairs.
+
+    numbers: a file with the columns of ``reports.published.Published``; by default the repository's.
+    """
+    file = numbers or PUBLISHED
+    if not file.is_file():
+        raise FlexiError(
+            f"report: no published numbers in {str(file)!r}; give a file with the columns {', '.join(COLUMNS)}: "
+            "--published-file FILE"
+        )
+    published, frame = read_published(file), rows(records)
+    papers = {(kind, n): e.object.paper for kind in ("metric", "strategy") for n, e in plugins.entries(kind).items()}
+    pairs = side_by_side(frame, published, papers, title)
+    path = folder / "PUBLISHED.md"
+    with replacing(path) as temporary:
+        temporary.write_text(render(frame, published, pairs, title), encoding="utf-8")
+    return path, pairs
 
 
 MARKS = ("<!-- leaderboard -->", "<!-- /leaderboard -->")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedConfig
 
 from flexi_plugins.checkpoint import Checkpoint, LazyTensors, new_folder, read_ahead, write_tensors
-from flexi_plugins.data import BlockRecipe, Family, PruningPlan, Weighted
+from flexi_plugins.data import BlockRecipe, Family, Part, PruningPlan, Weighted
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.modeling import FlexiConfig, FlexiForCausalLM, resized_config
 
@@ -60,7 +61,8 @@ def _attached_name(name: str, family: Family) -> str:
     if name in ("attention.output_norm", "mlp.output_norm"):
         return f"{family.attention if role == 'attention' else family.mlp}.output_norm.weight"
     raise FlexiError(
-        f"plan: attached tensor {name!r} has no place in a block; expected ROLE.lora_a, ROLE.lora_b or *.output_norm"
+        f"plan: attached tensor {name!r} has no place in a block; expected ROLE.lora_a, ROLE.lora_b, *.output_norm, or "
+        "ROLE.weight and ROLE.bias of a block's own"
     )
 
 
@@ -80,7 +82,7 @@ def _concatenated(
     """Return the units of the parts one after the other; each source is read once, and one of them held at a time."""
     taken: dict[int, Tensor | None] = {}  # position of a part -> its rows
     for position, part in enumerate(recipe.parts):
-        rows = unit_rows(plan, part.source, role, part.channels if role in ("gate", "up", "down") else part.kv_heads)
+        rows = part_rows(plan, part, role)
         if rows is None or len(rows):
             taken[position] = rows
     pieces: dict[int, Tensor] = {}
@@ -92,6 +94,14 @@ def _concatenated(
         del tensor
     ordered = [pieces[position] for position in sorted(pieces)]
     return ordered[0] if len(ordered) == 1 else torch.cat(ordered, dimension)
+
+
+def part_rows(plan: PruningPlan, part: Part, role: str) -> Tensor | None:
+    """Return the rows (columns for output maps) of a map that a part takes; None for all of them."""
+    if part.query_heads is not None and role in ("query", "attention_output"):
+        width = plan.shape.blocks[part.source].head_dim
+        return (torch.tensor(part.query_heads)[:, None] * width + torch.arange(width)).flatten()
+    return unit_rows(plan, part.source, role, part.channels if role in ("gate", "up", "down") else part.kv_heads)
 
 
 def unit_rows(plan: PruningPlan, source: int, role: str, units: tuple[int, ...] | None) -> Tensor | None:
@@ -153,11 +163,23 @@ class PlanWeights:
 
     def _map(self, index: int, role: str) -> Tensor:
         recipe = self.plan.blocks[index]
+        if f"{role}.weight" in recipe.own:
+            return self.attached[f"blocks.{index}.{role}.weight"]
         if recipe.shares is None:
             return _weight(self.plan, recipe, role, self.checkpoint)
         weight = self.checkpoint.block(recipe.shares)[role]
         a, b = (self.attached.get(f"blocks.{index}.{role}.{x}") for x in ("lora_a", "lora_b"))
         return weight if a is None or b is None else weight + a @ b
+
+    def vectors(self, index: int) -> LazyTensors:
+        """Return the norms and biases of a block by name, read when they are asked for."""
+        recipe, family = self.plan.blocks[index], self.checkpoint.family
+        names = (
+            *self.plan.shape.vectors(self.plan.block_shape(recipe)),
+            *(f"{r}.bias" for r in self.plan.added_biases(recipe)),
+        )
+        tensors = _lazy_block(self.plan, index, self.checkpoint, self.attached)
+        return LazyTensors({name: partial(tensors.__getitem__, family.vector(name)) for name in names})
 
     def cached(self, key: Any, make: Callable[[], Any]) -> Any:
         """Return ``make()``, computed once per checkpoint, plan and key."""
@@ -179,10 +201,11 @@ def check_attached(plan: PruningPlan, attached: Tensors) -> None:
 
 
 def needed_tensors(plan: PruningPlan) -> list[str]:
-    """Return the names of the adapters and output norms that the plan's sharing blocks run with."""
+    """Return the names of the new tensors that the plan's blocks run with: adapters, output norms, and those of their own."""
     names = []
     for position, recipe in enumerate(plan.blocks):
         block = plan.block_shape(recipe)
+        names += [f"blocks.{position}.{name}" for name in recipe.own]
         if recipe.rank:
             names += [f"blocks.{position}.{r}.{x}" for r in plan.shape.maps(block) for x in ("lora_a", "lora_b")]
         if recipe.output_norm:
@@ -191,28 +214,46 @@ def needed_tensors(plan: PruningPlan) -> list[str]:
     return names
 
 
-def state_dict(plan: PruningPlan, checkpoint: Checkpoint, attached: Tensors) -> Iterator[tuple[str, Tensor]]:
-    """Yield the state dict of the plan's model tensor by tensor, in the order of the model; none of them is kept."""
+def state_dict(
+    plan: PruningPlan, checkpoint: Checkpoint, attached: Tensors, fold: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the state dict of the plan's model tensor by tensor, in the order of the model; none of them is kept.
+
+    fold: have the plan's gains in the weights, for a model that knows of none. Blocks normalise what enters them, so a
+    stream that is c times as large from the embedding on goes through the same computations if every block in front of a
+    gain adds c times as much (Prune&Comp, arXiv 2507.18212); exact up to the epsilon of the norms. A head that is tied to
+    the embedding grows with it, for which the final norm makes up.
+    """
     check_attached(plan, attached)
-    first, *rest = checkpoint.outer_names()
-    yield first, checkpoint.read(first)
+    first, final, *head = checkpoint.outer_names()
+    total = plan.total_gain
+    yield first, _scaled(checkpoint.read(first), total if fold else 1.0)
     for position in range(len(plan.blocks)):
+        to_come = math.prod(r.gain for r in plan.blocks[position + 1 :])
         prefix = checkpoint.family.block_prefix(position)
         tensors = _lazy_block(plan, position, checkpoint, attached)
+        outgoing = tuple(checkpoint.family.ROLES[role] + "." for role in ("attention_output", "down"))
         for name in tensors:
-            yield prefix + name, tensors[name]
-    for name in rest:
+            yield prefix + name, _scaled(tensors[name], to_come if fold and name.startswith(outgoing) else 1.0)
+    gain = plan.final_norm_gain / (total if checkpoint.shape.tied else 1.0)
+    yield final, _scaled(checkpoint.read(final), gain if fold else 1.0)
+    for name in head:
         yield name, checkpoint.read(name)
 
 
-def model_config(plan: PruningPlan, checkpoint: Checkpoint) -> PreTrainedConfig:
+def _scaled(tensor: Tensor, factor: float) -> Tensor:
+    return tensor if factor == 1.0 else (tensor.float() * factor).to(tensor.dtype)
+
+
+def model_config(plan: PruningPlan, checkpoint: Checkpoint, fold: bool = False) -> PreTrainedConfig:
     """Return the configuration of the plan's model: the original architecture where that can hold it, else FlexiConfig.
 
-    A Llama whose hidden size its number of heads does not divide becomes a Mistral without sliding window, which
-    computes the same and does not refuse it.
+    fold: gains are in the weights (see ``state_dict``), so that the original architecture can hold the model. A Llama
+    whose hidden size its number of heads does not divide becomes a Mistral without sliding window, which computes the
+    same and does not refuse it.
     """
     base = checkpoint.config
-    if plan.not_plain():
+    if plan.not_plain() or (plan.has_gains and not fold):
         return FlexiConfig.of_plan(plan, base, checkpoint.family)
     block = plan.new_shape.blocks[0]
     config = resized_config(base, len(plan.blocks))
@@ -237,7 +278,7 @@ def model_config(plan: PruningPlan, checkpoint: Checkpoint) -> PreTrainedConfig:
 def plain_reason(plan: PruningPlan, checkpoint: Checkpoint) -> str | None:
     """Say why the plan's model is not a plain transformers folder; None if it is one."""
     reason = plan.not_plain()
-    if reason is None and isinstance(model_config(plan, checkpoint), FlexiConfig):
+    if reason is None and isinstance(model_config(plan, checkpoint, fold=True), FlexiConfig):
         return "the number of heads does not divide the hidden size, and only Llama without biases has a twin that allows it"
     return reason
 
@@ -276,25 +317,25 @@ def write_checkpoint(
 ) -> None:
     """Write the plan's model as a checkpoint folder, tensor by tensor, with the plan beside it; renamed when whole.
 
-    The next tensor is made while one is written, so two are held at a time, and what goes into them. A plan that uses
-    each source once reads each tensor once.
+    Gains are folded into the weights of a plain folder; in any other they are in its configuration. The next tensor is
+    made while one is written, so two are held at a time, and what goes into them. A plan that uses each source once
+    reads each tensor once.
     """
     attached = attached or {}
-    config = model_config(plan, checkpoint)
+    config = model_config(plan, checkpoint, fold=True)
 
     def converted(item: tuple[str, Tensor]) -> tuple[str, Tensor]:
         return item[0], item[1] if dtype is None else item[1].to(dtype)
 
     with new_folder(Path(folder)) as temporary:
-        write_tensors(temporary, read_ahead(map(converted, state_dict(plan, checkpoint, attached))))
+        fold = not isinstance(config, FlexiConfig)
+        write_tensors(temporary, read_ahead(map(converted, state_dict(plan, checkpoint, attached, fold))))
         if dtype is not None:
             config.dtype = dtype
         _write_config(temporary, config)
         (temporary / PLAN_FILE).write_text(json.dumps(plan.to_json(), indent=1) + "\n")
         if attached:
-            from safetensors.torch import save_file
-
-            save_file({n: t.contiguous() for n, t in attached.items()}, temporary / PLAN_TENSORS)
+            save_attached(attached, temporary / PLAN_TENSORS)
         _copy_beside(checkpoint, temporary)
 
 
@@ -319,6 +360,13 @@ def _copy_beside(checkpoint: Checkpoint, folder: Path) -> None:
         other = file.name in ("config.json", PLAN_FILE) or file.name.endswith(".index.json")
         if file.is_file() and not other and file.suffix in (".json", ".jinja", ".model", ".txt"):
             (folder / file.name).write_bytes(file.read_bytes())
+
+
+def save_attached(attached: Tensors, path: Path) -> None:
+    """Write the new tensors of a plan to a file."""
+    from safetensors.torch import save_file
+
+    save_file({n: t.contiguous() for n, t in attached.items()}, path)
 
 
 def read_attached(plan: PruningPlan, path: Path) -> dict[str, Tensor]:

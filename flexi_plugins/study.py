@@ -26,9 +26,9 @@ from flexi_plugins.execution.sweep import Planned
 from flexi_plugins.hookspecs import Budget, Candidate, ImportanceMetric, Outcome, ReplacementStrategy
 from flexi_plugins.machine import Machine
 from flexi_plugins.models import open_model
-from flexi_plugins.plugins import Entry, Plugins, told
+from flexi_plugins.plugins import Entry, Plugins, incompatible, options_json, own_knob, told
 from flexi_plugins.progress import Progress
-from flexi_plugins.pruner import Calibration, Pruner, incompatible, options_json, own_knob, resident
+from flexi_plugins.pruner import Calibration, Pruner, resident
 from flexi_plugins.report import write_reports
 from flexi_plugins.store import Journal, Store, commit, environment, write_traceback
 from flexi_plugins.studyfile import Measure, StudyFile
@@ -115,7 +115,7 @@ class Study:
     def check_reach(self) -> None:
         """Raise one error with every ratio that a strategy cannot meet on this model."""
         problems = []
-        for strategy, ratio in self._strategies():
+        for _, strategy, ratio in self._combinations():
             try:
                 if ratio:
                     reach = strategy.object.reach(self.checkpoint.shape)
@@ -127,23 +127,19 @@ class Study:
         if problems:
             raise FlexiError("\n".join(dict.fromkeys(problems)))
 
-    def _strategies(self) -> Iterator[tuple[Entry, float]]:
-        """Yield every strategy with its ratios; 0 where an option of the strategy takes the place of the ratio."""
-        for method in self.file.strategies:
-            entry = self.plugins.entry("strategy", method.name, method.options)
-            for ratio in (0.0,) if own_knob(entry.object) else method.ratios or self.file.ratios:
-                yield entry, ratio
+    def _combinations(self) -> Iterator[tuple[Entry, Entry, float]]:
+        """Yield every metric with its strategies and ratios; 0 where an option of the strategy takes the ratio's place."""
+        for metric, strategy, ratios in self.file.combinations:
+            chosen = self.plugins.entry("metric", metric.name, metric.options)
+            entry = self.plugins.entry("strategy", strategy.name, strategy.options)
+            for ratio in (0.0,) if own_knob(entry.object) else ratios:
+                yield chosen, entry, ratio
 
     def works(self) -> list[Work]:
         """Return the cells of the study, the dense model first."""
         works = [self._dense()] if self.file.dense else []
-        for seed in self.file.seeds:
-            for metric in self.file.metrics:
-                chosen = self.plugins.entry("metric", metric.name, metric.options)
-                for strategy, ratio in self._strategies():
-                    if metric.ratios is None or ratio == 0 or ratio in metric.ratios:
-                        works.append(self._work(chosen, strategy, ratio, seed))
-        return works
+        combinations = list(self._combinations())
+        return works + [self._work(*combination, seed) for seed in self.file.seeds for combination in combinations]
 
     def _dense(self) -> Work:
         return Work(self._cell(None, None, 0.0, self.file.seeds[0]), None, None)
@@ -220,8 +216,7 @@ class Study:
     def _make_plan(self, pruner: Pruner, work: Work) -> None:
         assert work.metric is not None
         assert work.strategy is not None
-        plan = pruner.plan(work.metric, work.strategy, work.cell.ratio)
-        work.planned = pruner.attach(plan)
+        work.planned = pruner.make(work.metric, work.strategy, work.cell.ratio)
         self.store.write_plan(self._plan_key(work.cell), work.planned.plan, work.planned.attached)
 
     def _plan_from_store(self, work: Work) -> bool:

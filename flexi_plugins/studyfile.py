@@ -7,9 +7,9 @@ import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from flexi_plugins.corpora.files import find_corpus
 from flexi_plugins.errors import FlexiError, unknown
@@ -60,13 +60,30 @@ class CalibrationTable(Strict):
     gradient_length: int = Field(64, ge=2)
 
 
+Combination = tuple[Method, Method, tuple[float, ...]]
+
+
+class Pair(Strict):
+    """One metric with one strategy, beside the grid: for methods that belong together."""
+
+    metric: Method
+    strategy: Method
+    ratios: tuple[float, ...] | None = None
+
+    @field_validator("metric", "strategy", mode="before")
+    @classmethod
+    def _name_is_a_method(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
 class StudyFile(Strict):
-    """A whole study: every metric x strategy x ratio x recovery x seed, and the dense model."""
+    """A whole study: every metric x strategy x ratio x recovery x seed, single pairs beside them, and the dense model."""
 
     name: str
     model: str
-    metrics: tuple[Method, ...] = Field(min_length=1)
-    strategies: tuple[Method, ...] = Field(min_length=1)
+    metrics: tuple[Method, ...] = ()
+    strategies: tuple[Method, ...] = ()
+    pairs: tuple[Pair, ...] = ()
     ratios: tuple[float, ...] = Field(min_length=1)
     evaluation: tuple[Measure, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field((0,), min_length=1)
@@ -82,12 +99,31 @@ class StudyFile(Strict):
             raise ValueError("it names a folder: expected letters, digits, '.', '_' and '-'")
         return value
 
+    @model_validator(mode="after")
+    def _something_is_compared(self) -> Self:
+        complete = bool(self.metrics) == bool(self.strategies) and (self.metrics or self.pairs)
+        if not complete and type(self) is StudyFile:
+            raise ValueError("expected metrics and strategies, or pairs, or all of them")
+        return self
+
+    @property
+    def combinations(self) -> list[Combination]:
+        """Every metric with every strategy and their ratios, then the pairs."""
+        crossed = [(m, s, _ratios_of(m, s, self.ratios)) for m in self.metrics for s in self.strategies]
+        pairs = [(p.metric, p.strategy, p.ratios or _ratios_of(p.metric, p.strategy, self.ratios)) for p in self.pairs]
+        return crossed + pairs
+
     @field_validator("metrics", "strategies", mode="before")
     @classmethod
     def _names_are_methods(cls, value: Any) -> Any:
         if isinstance(value, list):
             return [{"name": item} if isinstance(item, str) else item for item in value]
         return value
+
+
+def _ratios_of(metric: Method, strategy: Method, ratios: tuple[float, ...]) -> tuple[float, ...]:
+    """Return the ratios of a combination: the strategy's own, or the study's, those that the metric is not limited from."""
+    return tuple(r for r in strategy.ratios or ratios if metric.ratios is None or r in metric.ratios)
 
 
 class _Partial(StudyFile):
@@ -124,14 +160,15 @@ def _form_problems(values: dict[str, Any]) -> Iterator[str]:
         StudyFile(**values)
     except ValidationError as error:
         for item in error.errors():
-            *tables, key = item["loc"]
-            place = ".".join(map(str, tables))
             if item["type"] == "extra_forbidden":
-                table = CalibrationTable if place else StudyFile
+                *tables, key = item["loc"]
+                place = ".".join(map(str, tables))
+                table = Pair if tables[:1] == ["pairs"] else CalibrationTable if tables else StudyFile
                 yield f"{place}: " * bool(place) + unknown("key", str(key), table.model_fields)
             else:
-                found = "" if item["type"] == "missing" else f", found {item['input']!r}"
-                yield f"{'.'.join(map(str, item['loc']))}: {_in_toml_words(item['msg'])}{found}"
+                place = ".".join(map(str, item["loc"]))
+                found = "" if item["type"] == "missing" or not place else f", found {item['input']!r}"
+                yield f"{place}: " * bool(place) + f"{_in_toml_words(item['msg'])}{found}"
 
 
 def _in_toml_words(message: str) -> str:
@@ -157,9 +194,10 @@ def _well_formed(values: dict[str, Any]) -> StudyFile:
 
 def _name_problems(study: StudyFile, plugins: Plugins) -> Iterator[str]:
     yield from _caught(check_name, study.model)
-    for kind, methods in (("metric", study.metrics), ("strategy", study.strategies)):
-        for method in methods:
-            yield from _method_problems(kind, method, plugins)
+    for method in (*study.metrics, *(p.metric for p in study.pairs)):
+        yield from _method_problems("metric", method, plugins)
+    for method in (*study.strategies, *(p.strategy for p in study.pairs)):
+        yield from _method_problems("strategy", method, plugins)
     for measure in study.evaluation:
         yield from measure_problems(measure, plugins)
     for recovery in study.recovery:
@@ -168,10 +206,11 @@ def _name_problems(study: StudyFile, plugins: Plugins) -> Iterator[str]:
             yield f"recovery {recovery!r}: studies run recovery 'none' only"
     yield from _corpus_problems(study.calibration.corpus, plugins)
     yield from _ratio_problems(study)
-    for key in ("metrics", "strategies", "evaluation", "ratios", "seeds"):
+    for key in ("metrics", "strategies", "pairs", "evaluation", "ratios", "seeds"):
         listed = getattr(study, key)
         for item in [i for n, i in enumerate(listed) if i in listed[:n]]:
-            name = getattr(item, "evaluator", getattr(item, "name", item))
+            pair = f"{item.metric.name} with {item.strategy.name}" if isinstance(item, Pair) else item
+            name = getattr(item, "evaluator", getattr(item, "name", pair))
             yield f"{key}: {name} is listed twice with the same options"
 
 
@@ -188,7 +227,8 @@ def _method_problems(kind: str, method: Method, plugins: Plugins) -> Iterator[st
 
 
 def _ratio_problems(study: StudyFile) -> Iterator[str]:
-    for ratio in sorted({*study.ratios, *(r for m in (*study.metrics, *study.strategies) for r in m.ratios or ())}):
+    limited: list[Method | Pair] = [*study.metrics, *study.strategies, *study.pairs]
+    for ratio in sorted({*study.ratios, *(r for m in limited for r in m.ratios or ())}):
         if not 0 < ratio < 1:
             yield f"ratios: expected a share of the stored parameters between 0 and 1, found {ratio:g}"
     planned = {*study.ratios, *(r for m in study.strategies for r in m.ratios or ())}

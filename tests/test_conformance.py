@@ -18,7 +18,15 @@ from flexi_plugins.budget import lowest
 from flexi_plugins.data import BlockRecipe, Measurement, ModelShape, Part, PruningPlan, Scores
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.evaluators.perplexity import Perplexity
-from flexi_plugins.hookspecs import BlockTrace, Budget, EvaluationRequest, Outcome, PruningRequest, RecoveryRequest
+from flexi_plugins.hookspecs import (
+    BlockTrace,
+    Budget,
+    EvaluationRequest,
+    Outcome,
+    PruningRequest,
+    RecoveryRequest,
+    TensorRequest,
+)
 from flexi_plugins.metrics.come import CoMe, Sensitivity
 from flexi_plugins.metrics.flexigpt import BlockInfluence
 from flexi_plugins.plugins import BUILT_IN, KINDS, Plugins
@@ -297,16 +305,16 @@ class Unserialisable(RemoveBlocks):
 class Forgetful(ShareLora):
     """Makes one half of its adapters."""
 
-    def tensors(self, plan: PruningPlan, weights: Any) -> dict[str, Tensor]:
-        return {n: t for n, t in super().tensors(plan, weights).items() if not n.endswith("lora_b")}
+    def tensors(self, request: TensorRequest) -> dict[str, Tensor]:
+        return {n: t for n, t in super().tensors(request).items() if not n.endswith("lora_b")}
 
 
 @dataclass(frozen=True)
 class Transposed(ShareLora):
     """Makes one half of its adapters the wrong way round."""
 
-    def tensors(self, plan: PruningPlan, weights: Any) -> dict[str, Tensor]:
-        made = super().tensors(plan, weights)
+    def tensors(self, request: TensorRequest) -> dict[str, Tensor]:
+        made = super().tensors(request)
         return {n: t.T.contiguous() if n.endswith("lora_b") else t for n, t in made.items()}
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from flexi_plugins import numerics
 from flexi_plugins.data import BlockShape, ModelShape, PruningPlan, Scores
 from flexi_plugins.errors import FlexiError
-from flexi_plugins.hookspecs import Budget, PruningRequest
+from flexi_plugins.hookspecs import Budget, PruningRequest, TensorRequest
 from flexi_plugins.models import default_model, open_model
 from flexi_plugins.numerics import truncated_svd
 from flexi_plugins.plugins import Plugins
@@ -282,8 +282,9 @@ def test_a_map_that_is_not_finite_is_named(bad):
     for svd in ("exact", "randomised"):
         with pytest.raises(FlexiError, match=message):
             planned(weights, [9, 1, 2, 8, 7, 3], ShareLora(blocks=3, svd=svd))
+        plan = sharing(SHAPE, {1: 3})
         with pytest.raises(FlexiError, match=message):
-            ShareLora(svd=svd).tensors(sharing(SHAPE, {1: 3}), weights)
+            ShareLora(svd=svd).tensors(TensorRequest(plan, plan, weights))
 
 
 @pytest.mark.real
@@ -324,11 +325,13 @@ def test_an_adapter_between_equal_weights_is_zero_and_can_be_trained(svd):
 
 def test_adapters_read_each_map_of_the_two_blocks_once():
     weights = Reading(SHAPE, {})
-    ShareLora().tensors(sharing(SHAPE, {1: 4, 2: 4}), weights)
+    plan = sharing(SHAPE, {1: 4, 2: 4})
+    ShareLora().tensors(TensorRequest(plan, plan, weights))
     roles = list(SHAPE.maps(SHAPE.blocks[0]))
     assert weights.read == [(role, block) for pruned in (1, 2) for role in roles for block in (pruned, 4)]
 
 
 def test_adapters_of_bfloat16_weights_are_bfloat16():
-    made = ShareLora(svd="randomised").tensors(sharing(opened(tiny()).shape, {1: 4}), opened(tiny().bfloat16()))
+    plan = sharing(opened(tiny()).shape, {1: 4})
+    made = ShareLora(svd="randomised").tensors(TensorRequest(plan, plan, opened(tiny().bfloat16())))
     assert {tensor.dtype for tensor in made.values()} == {torch.bfloat16}

@@ -285,7 +285,9 @@ def test_statistics_make_nothing_of_the_size_of_a_matrix(name, dtype):
         weights = {"attention_weight": weight, "mlp_weight": weight}
         states = {"input": stream, "middle": stream, "output": -stream, "before": (stream,)}
         last = torch.arange(tokens) % 10 == 9
-        trace = BlockTrace(1, 20, 1, **states, **weights, attention_inner=inner, mlp_inner=inner, last=last)
+        inner_states = {"attention_inner": inner, "mlp_inner": inner}
+        windows = {"last": last, "sequences": range(tokens // 10), "total": tokens // 10}
+        trace = BlockTrace(1, 20, 1, **states, **weights, **inner_states, **windows)
     with Allocations() as made:
         KNOWN[name].observe(trace)
     assert 0 < made.largest < weight.numel() * 4 / 3

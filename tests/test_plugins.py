@@ -288,7 +288,7 @@ def test_an_unknown_option_or_choice_lists_near_ones() -> None:
     with pytest.raises(FlexiError, match="strategy 'concat-merge': unknown option 'repeats': did you mean 'repeat'"):
         plugins.get("strategy", "concat-merge", {"repeats": True})
     with pytest.raises(
-        FlexiError, match=r"'pairs': unknown choice 'scores': did you mean 'score'. there is own, score"
+        FlexiError, match=r"'pairs': unknown choice 'scores': did you mean 'score'. there is mka, own, score, sleb"
     ):
         plugins.get("strategy", "concat-merge", {"pairs": "scores"})
 

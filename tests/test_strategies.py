@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from flexi_plugins.budget import check_reach, lowest, priorities, smallest
 from flexi_plugins.data import BlockShape, ModelShape, Part, PruningPlan, Scores, Statistics
 from flexi_plugins.errors import FlexiError, OutOfReach
-from flexi_plugins.hookspecs import Budget, PruningRequest
+from flexi_plugins.execution.sweep import Planned
+from flexi_plugins.hookspecs import Budget, PruningRequest, TensorRequest
 from flexi_plugins.modeling import FlexiForCausalLM
 from flexi_plugins.pruner import Pruner, count_only
 from flexi_plugins.rewrite import with_digests
@@ -581,7 +582,7 @@ def test_protected_blocks_are_not_replaced():
 def test_adapters_are_the_truncated_svd_of_the_whole_difference():
     checkpoint = opened(tiny())
     plan = sharing(checkpoint.shape, {3: 1}, rank=5)
-    made = ShareLora(output_gain=0.25).tensors(plan, checkpoint)
+    made = ShareLora(output_gain=0.25).tensors(TensorRequest(plan, plan, checkpoint))
     for role, weight in checkpoint.block(3).items():
         difference = weight - checkpoint.block(1)[role]
         a, b = made[f"blocks.3.{role}.lora_a"], made[f"blocks.3.{role}.lora_b"]
@@ -599,7 +600,7 @@ def test_with_full_rank_the_replaced_block_is_itself():
     checkpoint = opened(model)
     plan = sharing(checkpoint.shape, {3: 1, 0: 4}, rank=64)
     plan = replace(plan, blocks=tuple(replace(r, output_norm=False) for r in plan.blocks))
-    made = ShareLora().tensors(plan, checkpoint)
+    made = ShareLora().tensors(TensorRequest(plan, plan, checkpoint))
     made = {n: t for n, t in made.items() if "output_norm" not in n}
     found = built(with_digests(plan, made), model, made)
     assert isinstance(found, FlexiForCausalLM)
@@ -612,7 +613,7 @@ def test_with_full_rank_the_replaced_block_is_itself():
 def test_rank_zero_shares_without_adapters():
     model = tiny()
     plan = sharing(opened(model).shape, {3: 1}, rank=0)
-    made = ShareLora().tensors(plan, opened(model))
+    made = ShareLora().tensors(TensorRequest(plan, plan, opened(model)))
     assert sorted(made) == ["blocks.3.attention.output_norm", "blocks.3.mlp.output_norm"]
     assert logits(built(with_digests(plan, made), model, made), tokens()).isfinite().all()
 
@@ -710,10 +711,10 @@ def test_gains_start_constant_and_small_ones_nearly_skip_the_block(shared_pruner
 def test_quality_runs_plans_of_the_original_model(shared_pruner):
     shape = shared_pruner.checkpoint.shape
     plans = [PruningPlan.identity(shape), PruningPlan.keep(shape, [0, 1, 5])]
-    found = shared_pruner._quality(plans)
+    found = shared_pruner._quality(Planned(PruningPlan.identity(shape)), plans)
     assert found == shared_pruner.calibrator.losses([shared_pruner.attach(p) for p in plans])
-    with pytest.raises(FlexiError, match="quality: unknown measure 'nothing'"):
-        shared_pruner._quality(plans, "nothing")
+    with pytest.raises(FlexiError, match="unknown quality measure 'nothing'"):
+        shared_pruner._quality(Planned(PruningPlan.identity(shape)), plans, "nothing")
 
 
 def test_a_plan_that_needs_adapters_says_who_makes_them(shared_pruner):

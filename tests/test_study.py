@@ -59,17 +59,17 @@ def fails(*_: Any, **__: Any) -> Any:
 def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     """What studies plan and run from here on: labels of planned cells, numbers of plans of the sweeps that measure."""
     seen: dict[str, list[Any]] = {"plans": [], "sweeps": []}
-    plan, run = Pruner.plan, evaluation.likelihoods
+    make, run = Pruner.make, evaluation.likelihoods
 
-    def planning(self: Pruner, metric: Any, strategy: Any, *rest: Any) -> PruningPlan:
+    def planning(self: Pruner, metric: Any, strategy: Any, *rest: Any) -> Any:
         seen["plans"].append(f"{metric.name}-{strategy.name}")
-        return plan(self, metric, strategy, *rest)
+        return make(self, metric, strategy, *rest)
 
     def sweeping(sweeper: Sweeper, planned: Any, *rest: Any) -> Any:
         seen["sweeps"].append(len(planned))
         return run(sweeper, planned, *rest)
 
-    monkeypatch.setattr(Pruner, "plan", planning)
+    monkeypatch.setattr(Pruner, "make", planning)
     monkeypatch.setattr(evaluation, "likelihoods", sweeping)
     return seen
 
@@ -220,7 +220,7 @@ def test_methods_are_tables_with_options_and_ratios_of_their_own(model: Path, te
 def test_a_second_run_does_nothing(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {p: p.stat().st_mtime_ns for p in (grid.folder / "records").iterdir()}
     monkeypatch.setattr(Sweeper, "sweep", fails)
-    monkeypatch.setattr(Pruner, "plan", fails)
+    monkeypatch.setattr(Pruner, "make", fails)
     assert run_study(grid.file, grid.folder) == grid.records
     assert {p: p.stat().st_mtime_ns for p in (grid.folder / "records").iterdir()} == files
 
@@ -312,7 +312,7 @@ def test_a_study_killed_in_the_sweep_goes_on_and_equals_an_uninterrupted_one(
         original(self, plan, group, answers)
 
     monkeypatch.setattr(Journal, "put", putting)
-    monkeypatch.setattr(Pruner, "plan", fails)
+    monkeypatch.setattr(Pruner, "make", fails)
     records = run_study(long_study, folder)
     assert not set(put) & kept, "finished batch groups are not run again"
     assert len(put) + len(kept) == 56
@@ -517,10 +517,10 @@ class Weak(RemoveBlocks):
         shared = BlockRecipe(made.blocks[1].parts, shares=0, rank=1)
         return PruningPlan(made.shape, (made.blocks[0], shared, *made.blocks[2:]))
 
-    def tensors(self, plan: PruningPlan, weights: Any) -> dict[str, torch.Tensor]:
+    def tensors(self, request: Any) -> dict[str, torch.Tensor]:
         from flexi_plugins.strategies.share_lora import ShareLora
 
-        made = ShareLora().tensors(plan, weights)
+        made = ShareLora().tensors(request)
         return {n: t * math.inf for n, t in made.items() if "lora" in n}
 
 

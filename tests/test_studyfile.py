@@ -131,7 +131,14 @@ def test_problems_are_found_before_torch_is_loaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ("", "metrics: field required"),
+        ("", "ratios: field required"),
+        (
+            "name = 'x'\nmodel = 'smollm2-135m'\nratios = [0.2]\nevaluation = [{evaluator = 'perplexity'}]",
+            "expected metrics and strategies, or pairs, or all of them",
+        ),
+        ("pairs = [{metric = 'come'}]", "pairs.0.strategy: field required"),
+        ("pairs = [{metrik = 'come'}]", "pairs.0: unknown key 'metrik': did you mean 'metric'?"),
+        ("pairs = [{metric = 'com', strategy = 'remove-block'}]", "unknown metric 'com': did you mean 'come'?"),
         ("x = ", "is not TOML"),
         ("metrics = 'come'", "metrics: input should be a valid list, found 'come'"),
         ("calibration = 3", "calibration: input should be a table, found 3"),
@@ -143,6 +150,31 @@ def test_a_study_file_of_the_wrong_form_is_told_so(tmp_path: Path, content: str,
     with pytest.raises(FlexiError) as caught:
         read(content, tmp_path / "wrong.toml")
     assert problem in str(caught.value)
+
+
+def test_pairs_stand_beside_the_grid(tmp_path: Path) -> None:
+    content = """
+        name = "x"
+        model = "smollm2-135m"
+        metrics = [{ name = "come", ratios = [0.1] }, "saap"]
+        strategies = ["remove-units"]
+        ratios = [0.1, 0.2]
+        pairs = [
+          { metric = "greedy", strategy = { name = "remove-blocks", progressive = true } },
+          { metric = { name = "greedy", measure = "chrf" }, strategy = "remove-blocks", ratios = [0.3] },
+        ]
+        [[evaluation]]
+        evaluator = "perplexity"
+    """
+    found = [
+        (m.name, s.name, {**m.options, **s.options}, r) for m, s, r in read(content, tmp_path / "x.toml").combinations
+    ]
+    assert found == [
+        ("come", "remove-units", {}, (0.1,)),
+        ("saap", "remove-units", {}, (0.1, 0.2)),
+        ("greedy", "remove-blocks", {"progressive": True}, (0.1, 0.2)),
+        ("greedy", "remove-blocks", {"measure": "chrf"}, (0.3,)),
+    ]
 
 
 def test_a_study_file_that_is_not_there_is_told_so(tmp_path: Path) -> None:

@@ -1,12 +1,19 @@
 """SAAP's importance (arXiv 2412.15127): vector- and element-wise Taylor scores, fused by homoscedastic uncertainty.
 
-From the abstract: importance of coupled structures is estimated two ways, fused adaptively by uncertainty, and all
-modules are ranked to decide what goes. From summaries of the paper: the fusion is a Gaussian likelihood with a learned
-observation noise per kind of score; structures whose importance fluctuates are unstable and go first. Our reading, since
-no formula of the paper could be had: first-order Taylor scores as LLM-Pruner computes them, summed over the matrices of
-a unit; J = mean[V / (2 s_v) + E / (2 s_e)] + log(s_v s_e) / 2, whose minimum is s_v = mean V, s_e = mean E; fluctuation
-= relative standard deviation of a unit's fused score over calibration samples; keep = z(mean) - lambda z(fluctuation),
-both standardised within a (block, kind).
+From the abstract: the importance of coupled structures is estimated in two ways, fused adaptively by uncertainty, and all
+modules are ranked to decide what goes. From summaries of the paper (its text could not be had): the scores are treated
+as outputs with Gaussian, input-independent noise, whose two variances are learned with a multi-task loss; structures
+whose importance fluctuates are unstable and go first.
+
+Our reading of the rest. V and E are LLM-Pruner's vector- and element-wise Taylor scores, summed over the matrices of a
+unit; J = mean[V / (2 s_v) + E / (2 s_e)] + log(s_v s_e) / 2, with its minimum at s_v = mean V and s_e = mean E. What
+fluctuates is not said; ``fluctuation`` has three readings:
+
+- samples (recommended): the fused score of a unit over calibration samples, std / mean; keep = z(mean) - lambda z(std /
+  mean), both standardised within a (block, kind).
+- units: the fused score against the other units of its block and kind; keep = z(mean), as FLAP standardises.
+- rates: the coefficient of variation of the fused scores within a (block, kind) sets the share of its units that goes;
+  keep = rank within the block / coefficient of variation.
 """
 
 from __future__ import annotations
@@ -24,17 +31,28 @@ if TYPE_CHECKING:
 ATTENTION, MLP = ("query", "key", "value", "attention_output"), ("gate", "up", "down")
 
 
+Order = Literal["first", "second", "mix"]
+
+
 @dataclass(frozen=True)
 class Taylor:
-    """First-order Taylor scores of every unit for every calibration sample (LLM-Pruner's vectorize and param_first).
+    """Taylor scores of every unit for every calibration sample, as LLM-Pruner computes them.
 
-    Per matrix and row (column of output maps) c: vector |sum_k w_ck g_ck|, element sum_k |w_ck g_ck|, with g the
-    gradient of the sample's own loss; summed over the rows of a unit and over its matrices.
+    Per matrix and row (column of output maps) c, with t_k = w_ck g_ck and g the gradient of the sample's own loss, whose
+    square stands for the Hessian's diagonal: first order, vector |sum t|, element sum |t| (vectorize, param_first);
+    second, vector (sum t)^2, element sum t^2 (param_second); mix, with x - x^2 / 2 of both (param_mix). Summed over the
+    rows of a unit and over its matrices.
     """
 
-    name: ClassVar[str] = "taylor"
+    order: Order = "first"
+
     span: ClassVar[int] = 1
     backward: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        """Its name says its order."""
+        return "taylor" if self.order == "first" else f"taylor-{self.order}"
 
     def observe(self, trace: GradientTrace) -> dict[str, Tensor]:
         """Return vector_ and element_ scores: attention (samples, KV heads), mlp (samples, channels)."""
@@ -43,7 +61,8 @@ class Taylor:
         samples = len(next(iter(trace.maps.values())).input)
         found = {}
         for kind, roles, units in (("attention", ATTENTION, trace.kv_heads), ("mlp", MLP, None)):
-            pairs = [row_scores(trace.maps[r], r in ("attention_output", "down")) for r in roles if r in trace.maps]
+            present = [r for r in roles if r in trace.maps]
+            pairs = [row_scores(trace.maps[r], r in ("attention_output", "down"), self.order) for r in present]
             for index, form in enumerate(("vector", "element")):
                 scores = [p[index] if units is None else p[index].view(samples, units, -1).sum(2) for p in pairs]
                 found[f"{form}_{kind}"] = torch.stack(scores).sum(0) if scores else torch.zeros(samples, 0)
@@ -54,8 +73,8 @@ class Taylor:
         return dict(totals)
 
 
-def row_scores(trace: LinearTrace, columns: bool) -> tuple[Tensor, Tensor]:
-    """Return (vector, element) scores (samples, rows) of a matrix's rows, or of its columns.
+def row_scores(trace: LinearTrace, columns: bool, order: Order = "first") -> tuple[Tensor, Tensor]:
+    """Return (vector, element) scores (samples, rows) of a matrix's rows, or of its columns; see ``Taylor``.
 
     The weight gradients of the samples are formed some rows at a time, so that nothing of the matrix's size is held and
     every step finds them in the cache.
@@ -75,14 +94,23 @@ def row_scores(trace: LinearTrace, columns: bool) -> tuple[Tensor, Tensor]:
         for sample, (dy, x) in enumerate(zip(left, right, strict=True)):
             torch.mm(dy[:, part].T, x, out=terms).mul_(w)
             torch.sum(terms, 1, out=vector[sample, part])
-            torch.sum(terms.abs_(), 1, out=element[sample, part])
-    return vector.abs_(), element
+            torch.sum(_effect(terms, order), 1, out=element[sample, part])
+    return _effect(vector, order), element
+
+
+def _effect(terms: Tensor, order: Order) -> Tensor:
+    """Return |t|, t^2 or |t - t^2 / 2|, in the place of t."""
+    if order == "second":
+        return terms.square_()
+    return terms.abs_() if order == "first" else terms.sub_(terms.square(), alpha=0.5).abs_()
 
 
 @dataclass(frozen=True)
 class Saap:
     """Uncertainty-fused Taylor scores with a stability indicator; lambda 0 is fusion alone."""
 
+    fluctuation: Literal["samples", "units", "rates"] = "samples"  # the reading of what fluctuates, see above
+    order: Order = "first"
     stability: float = 0.1  # lambda: weight of the fluctuation in the keep score
     scope: Literal["module", "block"] = (
         "module"  # which units share sigma_v, sigma_e: one kind in all blocks, or in each
@@ -92,13 +120,17 @@ class Saap:
     name: ClassVar[str] = "saap"
     paper: ClassVar[str] = "SAAP, arXiv 2412.15127"
     gives: ClassVar[frozenset[str]] = frozenset({"block", "attention", "mlp"})
-    needs: ClassVar[frozenset[str]] = frozenset({"taylor"})
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Per-sample Taylor scores of its order."""
+        return frozenset({Taylor(self.order).name})
 
     def score(self, request: PruningRequest) -> Scores:
-        """Return keep scores; standardised, so not comparable across blocks."""
+        """Return keep scores: standardised within blocks, or shares of them, so not comparable."""
         import torch
 
-        taylor = request.statistics["taylor"]
+        taylor = request.statistics[Taylor(self.order).name]
         attention = self.fused(taylor["vector_attention"], taylor["element_attention"])
         mlp = self.fused(taylor["vector_mlp"], taylor["element_mlp"])
         totals = [a[0].sum(1) + m[0].sum(1) for a, m in zip(attention, mlp, strict=True)]  # per block: (samples,)
@@ -107,6 +139,7 @@ class Saap:
             block=self.keep(torch.stack(totals, 1), torch.tensor(offsets)),
             attention=tuple(self.keep(f, torch.tensor(o)) for f, o in attention),
             mlp=tuple(self.keep(f, torch.tensor(o)) for f, o in mlp),
+            rule="undivided" if self.fluctuation == "rates" else "standardised",
         )
 
     def fused(self, vector: Sequence[Tensor], element: Sequence[Tensor]) -> list[tuple[Tensor, float]]:
@@ -125,7 +158,7 @@ class Saap:
         return [result[b] for b in range(len(vector))]
 
     def keep(self, weighted: Tensor, offset: Tensor) -> Tensor:
-        """Return z(mean + offset) - lambda z(std / mean) over units, from (samples, units); mean and std over samples.
+        """Return what to keep units by, from (samples, units): z(mean + offset) - lambda z(std / mean) over samples.
 
         The fluctuation is relative to the weighted scores, which are positive; the log offset has no natural zero. A
         unit without any effect has no fluctuation either: it counts as the least stable, so that nothing else protects it.
@@ -137,6 +170,11 @@ class Saap:
         if not weighted.shape[1]:
             return torch.zeros(0)
         mean, deviation = weighted.mean(0), weighted.std(0, correction=0)
+        if self.fluctuation == "units":
+            return standardise(mean + offset)
+        if self.fluctuation == "rates":
+            rank = (mean + offset).argsort(stable=True).argsort().float() / len(mean)
+            return rank * mean.mean() / mean.std(correction=0).clamp_min(1e-30)
         fluctuation = deviation / mean.clamp_min(1e-30)
         fluctuation = torch.where(mean > 0, fluctuation, fluctuation.max())
         return standardise(mean + offset) - self.stability * standardise(fluctuation)
@@ -175,5 +213,5 @@ def importance_metrics() -> list[ImportanceMetric]:
 
 @hookimpl
 def statistics() -> list[Statistic]:
-    """Return per-sample Taylor scores."""
-    return [Taylor()]
+    """Return per-sample Taylor scores of each order."""
+    return [Taylor(), Taylor("second"), Taylor("mix")]

@@ -26,18 +26,23 @@ def ranked(rows: pd.DataFrame) -> pd.DataFrame:
     """
     import pandas as pd
 
-    every = rows.to_dict("records")
-    names = measured(rows)
-    methods = [_together(group, names) for group in _groups(r for r in every if r["status"] == "complete")]
-    _rank(methods, quality_order(names))
-    _tell_apart(methods)
-    without = [{**r, "seeds": str(r["seed"])} for r in every if r["status"] != "complete"]
-    frame = pd.DataFrame([*methods, *without])
+    without = [{**r, "seeds": str(r["seed"])} for r in rows.to_dict("records") if r["status"] != "complete"]
+    frame = pd.DataFrame([*methods(rows), *without])
     fixed = ["rank", "variant", "seeds", *(c for c in rows.columns if c not in UNRANKED)]
     rest = [c for c in frame.columns if c not in (*fixed, *UNRANKED)]
     frame = frame.reindex(columns=[*fixed, *rest])
     frame.attrs.update(rows.attrs)
     return frame
+
+
+def methods(rows: pd.DataFrame) -> list[Row]:
+    """Return one row a method that has a result, as in ``ranked``, each with its options as in a record (JSON text)."""
+    names = measured(rows)
+    complete = (r for r in rows.to_dict("records") if r["status"] == "complete")
+    found = [_together(group, names) for group in _groups(complete)]
+    _rank(found, quality_order(names))
+    _tell_apart(found)
+    return found
 
 
 def measured(rows: pd.DataFrame) -> list[str]:

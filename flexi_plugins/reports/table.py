@@ -19,6 +19,19 @@ if TYPE_CHECKING:
 Column = tuple[str, Callable[[Row], str]]  # heading, cell
 WIDTH = 8  # measurements side by side; more go into a further table
 LONGEST_REASON = 240
+WORDS = (
+    "metric",
+    "strategy",
+    "variant",
+    "recovery",
+    "status",
+    "reason",
+    "method",
+    "task",
+    "our method",
+    "source",
+    "note",
+)
 MACHINE = ("machine", "system")  # versions that are not of software
 
 SIZES_EXPLAINED = (
@@ -157,27 +170,27 @@ def _quality(done: Sequence[Row], names: Sequence[str]) -> list[str]:
 
 def _speed(done: Sequence[Row], names: Sequence[str]) -> list[str]:
     sizes: list[Column] = [
-        ("true ratio", _number("true_ratio", _figure)),
+        ("true ratio", _number("true_ratio", figure)),
         ("runtime M", _millions("runtime_parameters")),
         ("MACs/token M", _millions("macs_per_token")),
     ]
-    columns = [*_identity(done), *sizes, *((_heading(n), _number(n, _figure)) for n in ranking.speeds(names))]
-    return ["## Size and speed", _table(done, columns)] if done else []
+    columns = [*_identity(done), *sizes, *((_heading(n), _number(n, figure)) for n in ranking.speeds(names))]
+    return ["## Size and speed", markdown_table(done, columns)] if done else []
 
 
 def _missing(rows: Sequence[Row]) -> list[str]:
     left = [r for r in rows if r["status"] != "complete"]
     names = ("metric", "strategy", "ratio", "recovery", "seed", "status", "reason")
     columns = [(name, _words(name)) for name in names]
-    return ["## Without a result", _table(left, columns)] if left else []
+    return ["## Without a result", markdown_table(left, columns)] if left else []
 
 
 def _identity(done: Sequence[Row]) -> list[Column]:
     """Return the columns that say which method a row is; those that are the same everywhere are left out."""
     columns: list[Column] = [
         ("#", lambda r: "" if ranking.is_dense(r) else f"{r['rank']:.0f}"),
-        ("metric", lambda r: "**dense**" if ranking.is_dense(r) else _text(r["metric"])),
-        ("strategy", lambda r: "" if ranking.is_dense(r) else _text(r["strategy"])),
+        ("metric", lambda r: "**dense**" if ranking.is_dense(r) else one_line(r["metric"])),
+        ("strategy", lambda r: "" if ranking.is_dense(r) else one_line(r["strategy"])),
     ]
     columns += [(n, _words(n)) for n in ("variant", "recovery") if any(r[n] not in ("", "none") for r in done)]
     if any(" " in r["seeds"] for r in done):
@@ -188,12 +201,12 @@ def _identity(done: Sequence[Row]) -> list[Column]:
 
 def _tables(rows: Sequence[Row], identity: Sequence[Column], columns: Sequence[Column]) -> list[str]:
     starts = range(0, max(len(columns), 1), WIDTH)
-    return [_table(rows, [*identity, *columns[start : start + WIDTH]]) for start in starts]
+    return [markdown_table(rows, [*identity, *columns[start : start + WIDTH]]) for start in starts]
 
 
-def _table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
-    words = {"metric", "strategy", "variant", "recovery", "status", "reason"}
-    lines = [[heading for heading, _ in columns], [":--" if h in words else "--:" for h, _ in columns]]
+def markdown_table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
+    """Return rows as a Markdown table; what is in WORDS stands at the left, numbers at the right."""
+    lines = [[heading for heading, _ in columns], [":--" if h in WORDS else "--:" for h, _ in columns]]
     lines += [[cell(row) for _, cell in columns] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -202,7 +215,7 @@ def _table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
 
 
 def _measurement(name: str, percent: bool) -> Column:
-    return (f"{name} %", _number(name, _percent)) if percent else (name, _number(name, _figure))
+    return (f"{name} %", _number(name, _percent)) if percent else (name, _number(name, figure))
 
 
 def _number(name: str, show: Callable[[float], str]) -> Callable[[Row], str]:
@@ -222,18 +235,18 @@ def _number(name: str, show: Callable[[float], str]) -> Callable[[Row], str]:
 
 
 def _percent(value: float) -> str:
-    return _figure(100 * value, 1)
+    return figure(100 * value, 1)
 
 
 def _words(name: str) -> Callable[[Row], str]:
-    return lambda row: _text(row[name])
+    return lambda row: one_line(row[name])
 
 
 def _millions(name: str) -> Callable[[Row], str]:
-    return lambda row: _figure(number(row, name) / 1e6)
+    return lambda row: figure(number(row, name) / 1e6)
 
 
-def _figure(value: float, decimals: int | None = None) -> str:
+def figure(value: float, decimals: int | None = None) -> str:
     """Return a number to about four figures, or with so many decimals."""
     if not math.isfinite(value):
         return "–" if math.isnan(value) else "∞"
@@ -243,7 +256,7 @@ def _figure(value: float, decimals: int | None = None) -> str:
     return f"{value:,.{decimals}f}"
 
 
-def _text(value: Any) -> str:
+def one_line(value: Any) -> str:
     """Return a value on one line that cannot break a table."""
     text = "" if value is None or value != value else f"{value:g}" if isinstance(value, float) else str(value)
     text = re.sub(r"\s+", " ", text).replace("|", "\\|")

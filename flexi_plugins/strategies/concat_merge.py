@@ -3,7 +3,11 @@
 While too many parameters are left: score the current model, choose the pair of neighbouring blocks that together turn
 the residual stream least, share the width between them by their influence, keep each one's best KV heads and channels,
 and concatenate: queries, keys, values, gate and up by rows, output and down by columns. Norms are averaged. Whole KV
-heads move with their query heads (the released code scatters them on grouped-query models).
+heads move with their query heads; the released code repeats the selection of KV heads as a tile, so that on grouped-query
+models query heads end up with other KV heads than theirs (``heads = "tiled"``, to explain deviations from its numbers).
+
+CoMe-P (Algorithm 2, concat_merge_P.py) is ``ratio = "search"``: of ``granularity`` + 1 shares the one whose merged model
+has the lowest loss on the calibration text, all of them run in one sweep.
 """
 
 from __future__ import annotations
@@ -12,9 +16,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from flexi_plugins.budget import check_reach
-from flexi_plugins.data import BlockRecipe, ModelShape, Part, PruningPlan
+from flexi_plugins.data import BlockRecipe, BlockShape, ModelShape, Part, PruningPlan
 from flexi_plugins.errors import FlexiError, OutOfReach
-from flexi_plugins.hookspecs import Budget, PruningRequest, ReplacementStrategy, Weights, hookimpl
+from flexi_plugins.hookspecs import Budget, PruningRequest, ReplacementStrategy, TensorRequest, hookimpl
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,8 +28,13 @@ if TYPE_CHECKING:
 class ConcatMerge:
     """Merge two neighbouring blocks into one of their width, step by step, with fresh statistics."""
 
-    pairs: Literal["own", "score"] = "own"  # pair choice: CoMe's angle, or the lowest sum of the metric's block scores
-    ratio: Literal["own", "score"] = "own"  # width shares: CoMe's block influence, or the metric's block scores
+    # Pair choice: CoMe's angle; the lowest sum of the metric's block scores; the loss without both blocks (as SLEB
+    # would); always the last pair (as MKA does).
+    pairs: Literal["own", "score", "sleb", "mka"] = "own"
+    # Width shares: CoMe's block influence; the metric's block scores; CoMe-P's search.
+    ratio: Literal["own", "score", "search"] = "own"
+    granularity: int = 20  # steps of the search
+    heads: Literal["grouped", "tiled"] = "grouped"  # which query heads go with a KV head: its own, or as released
     tokens: Literal["last", "all"] = "all"  # which tokens the angle is taken over ("last" as released for CoMe)
     exponent: float = 1.0  # p of the shares (--psu)
     floor: float = 0.0  # the larger share is at least floor ^ (1 / (original blocks - 1)) (--min-max); 0: none
@@ -70,12 +79,20 @@ class ConcatMerge:
                 f"{self.name}: merges = {self.merges}, expected 1..{self._most(request.plan.shape)} on this model"
             )
         first = self._pair(request)
-        merged, note = self._merge(request, first)
-        blocks = [BlockRecipe(parts=(Part(i),)) for i in range(len(request.shape.blocks))]
-        blocks[first : first + 2] = [merged]
-        return replace(PruningPlan(request.shape, tuple(blocks)), origin={"notes": note})
+        if self.ratio == "search" and not request.counting:
+            return self._searched(request, first)
+        return self._merge(request, first, self._shares(request, first))
 
-    def tensors(self, plan: PruningPlan, weights: Weights) -> dict[str, Tensor]:
+    def _searched(self, request: PruningRequest, first: int) -> PruningPlan:
+        """CoMe-P: return the merge of a pair with the lowest loss, ties to the smaller share of the first block."""
+        if self.granularity < 1:
+            raise FlexiError(f"{self.name}: granularity = {self.granularity}, expected at least 1")
+        shares = [(step / self.granularity, 1 - step / self.granularity) for step in range(self.granularity + 1)]
+        plans = [self._merge(request, first, share) for share in shares]
+        losses = request.quality([request.plan.compose(plan) for plan in plans])
+        return plans[min(range(len(plans)), key=losses.__getitem__)]
+
+    def tensors(self, request: TensorRequest) -> dict[str, Tensor]:
         """Return nothing: a concatenation makes no new tensors."""
         return {}
 
@@ -103,6 +120,13 @@ class ConcatMerge:
         if self.pairs == "own":
             angles = request.statistics["pair-angle"][self.tokens]
             return min(candidates, key=lambda i: float(angles[i + 1]))
+        if self.pairs == "mka":
+            return candidates[-1]
+        if self.pairs == "sleb":
+            rest = [[b for b in range(len(blocks)) if b not in (i, i + 1)] for i in candidates]
+            without = [request.plan.compose(PruningPlan.keep(request.shape, kept)) for kept in rest if kept]
+            losses = request.quality(without) if without else [0.0]
+            return candidates[min(range(len(losses)), key=losses.__getitem__)]
         scores = _block_scores(request)
         return min(candidates, key=lambda i: float(scores[i] + scores[i + 1]))
 
@@ -133,27 +157,31 @@ class ConcatMerge:
             return (floor, 1 - floor) if shares[0] >= shares[1] else (1 - floor, floor)
         return shares
 
-    def _merge(self, request: PruningRequest, first: int) -> tuple[BlockRecipe, list[str]]:
-        shares = self._shares(request, first)
+    def _merge(self, request: PruningRequest, first: int, shares: tuple[float, float]) -> PruningPlan:
         shapes = request.shape.blocks[first : first + 2]
         heads = _split(max(b.kv_heads for b in shapes), shares, [b.kv_heads for b in shapes])
         channels = _split(max(b.channels for b in shapes), shares, [b.channels for b in shapes])
         parts = []
         for offset in (0, 1):
             index = first + offset
-            parts.append(
-                Part(
-                    index,
-                    self._best(request, "attention", index, heads[offset]),
-                    self._best(request, "mlp", index, channels[offset]),
-                )
-            )
+            kept_heads = self._best(request, "attention", index, heads[offset])
+            kept_channels = self._best(request, "mlp", index, channels[offset])
+            parts.append(Part(index, kept_heads, kept_channels, self._query_heads(shapes[offset], kept_heads)))
         kept = tuple(p for p in parts if p.kv_heads or p.channels)
+        merged = BlockRecipe(parts=kept, norms=((first, 0.5), (first + 1, 0.5)))
         note = (
             f"merge {_done(request.plan) + 1}: blocks {first} and {first + 1} share "
             f"{shares[0]:.3f} : {shares[1]:.3f}, KV heads {heads[0]} + {heads[1]}, channels {channels[0]} + {channels[1]}"
         )
-        return BlockRecipe(parts=kept, norms=((first, 0.5), (first + 1, 0.5))), [note]
+        blocks = list(PruningPlan.identity(request.shape).blocks)
+        blocks[first : first + 2] = [merged]
+        return replace(PruningPlan(request.shape, tuple(blocks)), origin={"notes": [note]})
+
+    def _query_heads(self, shape: BlockShape, kept: tuple[int, ...]) -> tuple[int, ...] | None:
+        """Return the query heads that the released code takes with these KV heads: h with h mod KV heads among them."""
+        if self.heads == "grouped" or shape.group <= 1:
+            return None
+        return tuple(h for h in range(shape.query_heads) if h % shape.kv_heads in kept)
 
     def _best(self, request: PruningRequest, kind: str, block: int, count: int) -> tuple[int, ...]:
         if request.counting:

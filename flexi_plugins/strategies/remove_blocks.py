@@ -1,17 +1,57 @@
-"""Removal of whole blocks (ShortGPT, arXiv 2403.03853; SLEB's loop when progressive): the lowest scores go."""
+"""Removal of whole blocks (ShortGPT, arXiv 2403.03853; SLEB's loop when progressive): the lowest scores go.
+
+compensate: Prune&Comp (arXiv 2507.18212, and the authors' magcomp.py). Every block enlarges the residual stream, so what
+follows a cut gets one that is too small: alpha = mean over channels of the mean over windows of mean_t |x_j| / mean_t
+|x_i|, x_i and x_j the streams that enter the first removed block and the one behind the last, becomes the ``gain`` of
+the latter. The authors take alpha on the model in front of each removal, which is ``progressive``; nothing follows a cut
+at the end, where there is none. A plain checkpoint has the gain folded into weights (see ``rewrite.state_dict``).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from flexi_plugins.budget import check_reach, lowest, smallest
 from flexi_plugins.data import ModelShape, PruningPlan
 from flexi_plugins.errors import FlexiError
-from flexi_plugins.hookspecs import Budget, PruningRequest, ReplacementStrategy, Weights, hookimpl
+from flexi_plugins.hookspecs import (
+    BlockTrace,
+    Budget,
+    PruningRequest,
+    ReplacementStrategy,
+    Statistic,
+    TensorRequest,
+    hookimpl,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StreamMagnitude:
+    """Mean over tokens of |x| for every calibration window and channel: before and after each block."""
+
+    name: ClassVar[str] = "stream-magnitude"
+    span: ClassVar[int] = 1
+    backward: ClassVar[bool] = False
+
+    def observe(self, trace: BlockTrace) -> dict[str, Tensor]:
+        """Return ``input`` and ``output``: (windows, hidden), zero for windows of other batches."""
+        return {name: _by_window(getattr(trace, name), trace) for name in ("input", "output")}
+
+    def finish(self, totals: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:
+        """Return the means as they are."""
+        return dict(totals)
+
+
+def _by_window(stream: Tensor, trace: BlockTrace) -> Tensor:
+    found = stream.new_zeros(trace.total, stream.shape[1]).float()
+    for number, window in zip(trace.sequences, stream.chunk(len(trace.sequences)), strict=True):
+        found[number] = window.float().abs().mean(0)
+    return found
 
 
 @dataclass(frozen=True)
@@ -22,11 +62,16 @@ class RemoveBlocks:
     progressive: bool = False
     protect_first: int = 0
     protect_last: int = 0
+    compensate: bool = False  # Prune&Comp's magnitude compensation
 
     name: ClassVar[str] = "remove-blocks"
     paper: ClassVar[str] = "ShortGPT, arXiv 2403.03853"
-    needs: ClassVar[frozenset[str]] = frozenset()
     wants: ClassVar[frozenset[str]] = frozenset({"block"})
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Stream magnitudes, to compensate."""
+        return frozenset({"stream-magnitude"} if self.compensate else ())
 
     def _most(self, shape: ModelShape) -> int:
         return min(len(shape.blocks) - self.protect_first - self.protect_last, len(shape.blocks) - 1)
@@ -53,9 +98,27 @@ class RemoveBlocks:
             raise FlexiError(
                 f"{self.name}: blocks = {self.blocks}, expected 1..{self._most(request.plan.shape)} on this model"
             )
-        if self.progressive:
-            return without(1)
-        return without(self.blocks or smallest(self._most(shape), without, request.budget, self.name))
+        count = 1
+        if not self.progressive:
+            count = self.blocks or smallest(self._most(shape), without, request.budget, self.name)
+        if self.compensate and not request.counting:
+            return self._compensated(request, lowest(scores, count, allowed))
+        return without(count)
+
+    def _compensated(self, request: PruningRequest, gone: Collection[int]) -> PruningPlan:
+        """Return the plan without these blocks, with a gain behind each run of them."""
+        magnitude = request.statistics["stream-magnitude"]
+        recipes, first = [], None
+        for index, recipe in enumerate(PruningPlan.identity(request.shape).blocks):
+            if index in gone:
+                first = index if first is None else first
+            elif first is None:
+                recipes.append(recipe)
+            else:  # what enters a block is enlarged by its gain, where it has one
+                entered = magnitude["input"][first] * request.plan.blocks[first].gain
+                recipes.append(replace(recipe, gain=enlargement(entered, magnitude["output"][index - 1])))
+                first = None
+        return PruningPlan(request.shape, tuple(recipes))
 
     def finished(self, plan: PruningPlan, budget: Budget) -> bool:
         """Whether enough blocks are gone."""
@@ -63,9 +126,24 @@ class RemoveBlocks:
             return len(plan.shape.blocks) - len(plan.blocks) >= self.blocks
         return budget.met(plan)
 
-    def tensors(self, plan: PruningPlan, weights: Weights) -> dict[str, Tensor]:
+    def tensors(self, request: TensorRequest) -> dict[str, Tensor]:
         """Return nothing: removal makes no new tensors."""
         return {}
+
+
+def enlargement(before: Tensor, after: Tensor) -> float:
+    """Return alpha: the mean over channels of the mean over windows of after / before, both (windows, hidden).
+
+    A channel that is silent in a window says nothing there, and counts as unchanged.
+    """
+    ratio = (after / before).where(before > 0, after.new_ones(()))
+    return float(ratio.double().mean(0).mean())
+
+
+@hookimpl
+def statistics() -> list[Statistic]:
+    """Return the magnitudes of the residual stream."""
+    return [StreamMagnitude()]
 
 
 @hookimpl

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from flexi_plugins.budget import Rule, check_reach, global_units, lowest, without_units
 from flexi_plugins.data import ModelShape, PruningPlan
 from flexi_plugins.errors import FlexiError, OutOfReach
-from flexi_plugins.hookspecs import Budget, PruningRequest, ReplacementStrategy, Weights, hookimpl
+from flexi_plugins.hookspecs import Budget, PruningRequest, ReplacementStrategy, TensorRequest, hookimpl
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,7 +119,7 @@ class RemoveUnits:
         """Return True: one step does it all."""
         return True
 
-    def tensors(self, plan: PruningPlan, weights: Weights) -> dict[str, Tensor]:
+    def tensors(self, request: TensorRequest) -> dict[str, Tensor]:
         """Return nothing: removal makes no new tensors."""
         return {}
 

@@ -2,8 +2,10 @@
 
 The donor of a pruned block i is the unpruned block j whose rank-r reconstructions a rank-r adapter can best turn into
 i's: d(W_i, W_j) = ||W^_i - (W^_j + D_ij)||_F, W^ the rank-r reconstruction, D_ij the best rank-r approximation of
-W^_i - W^_j (eq. 2-4), summed over all linear maps (the paper defines d for one matrix, not how it adds up).
-Adapters start at the SVD of the full difference W_i - W_j; both sub-layers' outputs are normalised with a small gain.
+W^_i - W^_j (eq. 2-4), summed over all linear maps (the paper defines d for one matrix, not how it adds up). Its two
+ablations (figures 2b and 2c) are options: W in the place of W^, and the plain distance ||W_i - W_j||_F.
+Adapters start at the SVD of the full difference W_i - W_j; both sub-layers' outputs are normalised with a small gain,
+of which the paper says no more than that it was tuned: it can be chosen by the loss on the calibration text.
 """
 
 from __future__ import annotations
@@ -17,13 +19,16 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 from flexi_plugins.budget import check_reach, smallest
 from flexi_plugins.data import BlockRecipe, ModelShape, Part, PruningPlan
 from flexi_plugins.errors import FlexiError
-from flexi_plugins.hookspecs import Budget, PruningRequest, ReplacementStrategy, Weights, hookimpl
+from flexi_plugins.hookspecs import Budget, PruningRequest, ReplacementStrategy, TensorRequest, Weights, hookimpl
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SvdMethod = Literal["auto", "exact", "randomised"]
 """How weights are factorised, see ``numerics.truncated_svd``."""
+DonorDistance = Literal["reconstruction", "difference", "frobenius"]
+"""Which distance chooses the donor: the paper's (eq. 2), or one of its ablations (figures 2b and 2c)."""
+GAINS = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1)  # of which a calibrated gain is the best
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,10 @@ class ShareLora:
 
     blocks: int | None = None  # how many to replace, in the place of a ratio
     rank: int | None = None  # adapter rank; default hidden / 16, the paper's 256 at 4096
-    output_gain: float = 0.01  # start of gamma; the paper's value is unknown ("small", "carefully tuned")
+    output_gain: float | Literal["calibrated"] = (
+        0.01  # start of gamma; calibrated: of GAINS the one with the lowest loss
+    )
+    donor: DonorDistance = "reconstruction"
     svd: SvdMethod = "auto"  # auto: exact on small matrices, randomised on large ones
     protect_first: int = 0
     protect_last: int = 0
@@ -89,33 +97,44 @@ class ShareLora:
         """Return the nearest of the blocks that stay, of the same widths, for each that goes."""
         stay = [j for j in range(len(shape.blocks)) if j not in gone]
         pairs = [(i, j) for i in gone for j in stay if shape.blocks[i] == shape.blocks[j]]
-        distances = donor_distances(weights, shape, pairs, self._rank(shape), self.svd)
+        distances = donor_distances(weights, shape, pairs, self._rank(shape), self.svd, self.donor)
         return {i: min((j for own, j in pairs if own == i), key=lambda j: distances[frozenset((i, j))]) for i in gone}
 
     def finished(self, plan: PruningPlan, budget: Budget) -> bool:
         """Return True: one step does it all."""
         return True
 
-    def tensors(self, plan: PruningPlan, weights: Weights) -> dict[str, Tensor]:
+    def tensors(self, request: TensorRequest) -> dict[str, Tensor]:
         """Return adapters from the SVD of W_i - W_j (eq. 7-8: singular values on A) and constant output gains."""
-        import torch
-
         made: dict[str, Tensor] = {}
+        plan, weights = request.plan, request.weights
         for position, recipe in enumerate(plan.blocks):
-            if recipe.shares is None:
+            if recipe.shares is None or not recipe.rank:
                 continue
-            source, rank = recipe.parts[0].source, recipe.rank
+            source = recipe.parts[0].source
             for role in plan.shape.maps(plan.shape.blocks[source]):
                 own = linear_map(weights, source, role)
-                dtype = own.dtype
-                if rank:
-                    a, b = difference_adapter(own, linear_map(weights, recipe.shares, role), rank, self.svd)
-                    made[f"blocks.{position}.{role}.lora_a"] = a.to(dtype)
-                    made[f"blocks.{position}.{role}.lora_b"] = b.to(dtype)
-            for part in ("attention", "mlp"):
-                gain = torch.full((plan.shape.hidden,), self.output_gain, dtype=dtype)
-                made[f"blocks.{position}.{part}.output_norm"] = gain
-        return made
+                a, b = difference_adapter(own, linear_map(weights, recipe.shares, role), recipe.rank, self.svd)
+                made[f"blocks.{position}.{role}.lora_a"] = a.to(own.dtype)
+                made[f"blocks.{position}.{role}.lora_b"] = b.to(own.dtype)
+        if self.output_gain != "calibrated":
+            return made | self._gains(request, made, self.output_gain)
+        candidates = [made | self._gains(request, made, gain) for gain in GAINS]
+        losses = request.quality([plan] * len(GAINS), "loss", candidates)
+        return candidates[min(range(len(GAINS)), key=losses.__getitem__)]
+
+    def _gains(self, request: TensorRequest, adapters: dict[str, Tensor], gain: float) -> dict[str, Tensor]:
+        """Return gamma of both sub-layers of every sharing block: (hidden,), in the weights' dtype."""
+        import torch
+
+        donors = {p: r.shares for p, r in enumerate(request.plan.blocks) if r.shares is not None}
+        known = next(iter(adapters.values()), None)
+        like = linear_map(request.weights, next(iter(donors.values())), "down") if known is None else known
+        return {
+            f"blocks.{position}.{part}.output_norm": torch.full((request.plan.shape.hidden,), gain, dtype=like.dtype)
+            for position in donors
+            for part in ("attention", "mlp")
+        }
 
 
 def linear_map(weights: Weights, block: int, role: str) -> Tensor:
@@ -135,7 +154,12 @@ def difference_adapter(weight: Tensor, donor: Tensor, rank: int, svd: SvdMethod 
 
 
 def donor_distances(
-    weights: Weights, shape: ModelShape, pairs: Iterable[tuple[int, int]], rank: int, svd: SvdMethod = "auto"
+    weights: Weights,
+    shape: ModelShape,
+    pairs: Iterable[tuple[int, int]],
+    rank: int,
+    svd: SvdMethod = "auto",
+    distance: DonorDistance = "reconstruction",
 ) -> Mapping[frozenset[int], float]:
     """Return d of pairs of blocks of equal widths, summed over their linear maps; each is computed once per model.
 
@@ -145,10 +169,13 @@ def donor_distances(
     """
     from flexi_plugins.numerics import SMALL
 
-    known: dict[frozenset[int], float] = weights.cached(("share-lora distances", rank, svd), dict)
+    known: dict[frozenset[int], float] = weights.cached(("share-lora distances", rank, svd, distance), dict)
     missing = [pair for pair in pairs if frozenset(pair) not in known]
     for kind in {shape.blocks[i] for i, _ in missing}:
         wanted = [pair for pair in missing if shape.blocks[pair[0]] == kind]
+        if distance != "reconstruction":
+            known |= _plain_distances(weights, shape, wanted, rank if distance == "difference" else 0)
+            continue
         if shape.hidden <= SMALL:
             wanted = list(combinations([i for i, block in enumerate(shape.blocks) if block == kind], 2))
         known |= _distances(weights, shape, wanted, rank, svd)
@@ -167,6 +194,21 @@ def _distances(
             own = found[i].double()
             for j in (j for first, j in pairs if first == i):
                 distances[frozenset((i, j))] += tail_energy(own, found[j], rank)
+    return distances
+
+
+def _plain_distances(
+    weights: Weights, shape: ModelShape, pairs: Sequence[tuple[int, int]], rank: int
+) -> dict[frozenset[int], float]:
+    """Return the Frobenius norm of W_i - W_j without its ``rank`` largest singular values, summed over the maps."""
+    import torch
+
+    distances = dict.fromkeys(map(frozenset, pairs), 0.0)
+    for role in shape.maps(shape.blocks[pairs[0][0]]):
+        for i, j in pairs:
+            difference = linear_map(weights, i, role).float() - linear_map(weights, j, role)
+            tail = torch.linalg.svdvals(difference)[rank:] if rank else difference
+            distances[frozenset((i, j))] += float(torch.linalg.vector_norm(tail.double()))
     return distances
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
@@ -16,9 +16,10 @@ from flexi_plugins.checkpoint import Checkpoint
 from flexi_plugins.data import BlockRecipe, ModelShape, Part, PruningPlan, Scores
 from flexi_plugins.execution.sweep import Planned
 from flexi_plugins.hookspecs import Budget, ImportanceMetric, PruningRequest, ReplacementStrategy
+from flexi_plugins.metrics.none import NoMetric
 from flexi_plugins.plugins import Plugins
 from flexi_plugins.pruner import Pruner
-from flexi_plugins.rewrite import unit_rows
+from flexi_plugins.rewrite import PlanWeights, unit_rows
 from flexi_plugins.testing.models import KINDS, tiny_checkpoint, tiny_tokens
 
 SCORES = ("block", "attention", "mlp")
@@ -36,7 +37,7 @@ class TinyPruner(Pruner):
 
     def __init__(self, checkpoint: Checkpoint, plugins: Plugins, dtype: str = "float32") -> None:
         super().__init__(checkpoint, plugins=plugins, dtype=dtype)
-        self._plans: dict[tuple[str, str, float], PruningPlan] = {}
+        self._made: dict[tuple[str, str, float], Planned] = {}
 
     @cached_property
     def texts(self) -> tuple[Tensor, Tensor, str]:
@@ -51,12 +52,16 @@ class TinyPruner(Pruner):
             plan=plan,
             budget=Budget(plan.shape.parameters, ratio),
             statistics=self.calibrator.statistics(Planned(plan), needs),
-            weights=self.checkpoint,
-            quality=self._quality,
+            weights=PlanWeights(plan, self.checkpoint, {}),
+            quality=partial(self._quality, Planned(plan)),
         )
 
     def bounded_plan(self, metric: ImportanceMetric, strategy: ReplacementStrategy, ratio: float) -> PruningPlan:
         """Return the plan of a metric and a strategy, made once; raise if it takes more steps than the model has units."""
+        return self.bounded(metric, strategy, ratio).plan
+
+    def bounded(self, metric: ImportanceMetric, strategy: ReplacementStrategy, ratio: float) -> Planned:
+        """Return the plan with its new tensors. A strategy that chooses without scores gets none."""
         key = repr(metric), repr(strategy), ratio
         steps, most = [], sum(1 + b.kv_heads + b.channels for b in self.checkpoint.shape.blocks)
 
@@ -64,9 +69,9 @@ class TinyPruner(Pruner):
             steps.append(text)
             expect(len(steps) <= most, f"it is not finished after {most} steps; the last was {steps[-1]!r}")
 
-        if key not in self._plans:
-            self._plans[key] = self.plan(metric, strategy, ratio, count)
-        return self._plans[key]
+        if key not in self._made:
+            self._made[key] = self.make(metric if strategy.wants else NoMetric(), strategy, ratio, count)
+        return self._made[key]
 
 
 class Bench:

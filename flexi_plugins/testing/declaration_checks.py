@@ -7,8 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from flexi_plugins.plugins import WITH_OPTIONS, options_of, shape_problem, with_options
-from flexi_plugins.pruner import options_json
+from flexi_plugins.plugins import WITH_OPTIONS, options_json, options_of, shape_problem, with_options
 from flexi_plugins.testing.bench import Bench, expect
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]*")

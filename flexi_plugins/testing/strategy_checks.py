@@ -12,7 +12,7 @@ from flexi_plugins.data import ModelShape, PruningPlan
 from flexi_plugins.errors import FlexiError, OutOfReach
 from flexi_plugins.hookspecs import Budget, ReplacementStrategy
 from flexi_plugins.pruner import count_only
-from flexi_plugins.rewrite import build_model, needed_tensors, with_digests
+from flexi_plugins.rewrite import build_model, needed_tensors
 from flexi_plugins.testing.bench import (
     BEST,
     SCORES,
@@ -142,8 +142,7 @@ def plans_are_repeatable(bench: Bench, strategy: ReplacementStrategy) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             pruner = bench.fresh()
-            plan = pruner.bounded_plan(KnownScores(), strategy, 0.5 * strategy.reach(pruner.checkpoint.shape))
-            found.append(with_digests(plan, strategy.tensors(plan, pruner.checkpoint)))
+            found.append(pruner.bounded(KnownScores(), strategy, 0.5 * strategy.reach(pruner.checkpoint.shape)).plan)
     expect(found[0].blocks == found[1].blocks, "two runs with the same seed give different plans")
     expect(found[0] == found[1], "two runs with the same seed give different tensors")
 
@@ -151,18 +150,20 @@ def plans_are_repeatable(bench: Bench, strategy: ReplacementStrategy) -> None:
 def plan_changes_nothing(bench: Bench, strategy: ReplacementStrategy) -> None:
     """Planning leaves the weights, the statistics and the scores of its request as they are."""
     pruner = bench.fresh()
-    request = pruner.request(frozenset(strategy.needs), ratio=0.5 * strategy.reach(pruner.checkpoint.shape))
+    ratio = 0.5 * strategy.reach(pruner.checkpoint.shape)
+    request = pruner.request(frozenset(strategy.needs), ratio=ratio)
     request = replace(request, scores=KnownScores().score(request))
     changed = snapshot(request, pruner)
-    strategy.tensors(request.plan.compose(strategy.plan(request)), pruner.checkpoint)
+    strategy.plan(request)
+    pruner.bounded(KnownScores(), strategy, ratio)
     expect(not changed(), f"expected an unchanged request, found another {', '.join(changed()[:3])}")
 
 
 def makes_its_tensors(bench: Bench, strategy: ReplacementStrategy) -> None:
-    """``tensors`` makes exactly what the plan's adapters and output norms need, of the right shapes, finite."""
+    """``tensors`` makes exactly what the plan's blocks need beside old weights, of the right shapes, finite."""
     for pruner in bench.pruners():
-        plan = pruner.bounded_plan(KnownScores(), strategy, 0.5 * strategy.reach(pruner.checkpoint.shape))
-        made, where = strategy.tensors(plan, pruner.checkpoint), pruner.checkpoint.name
+        planned = pruner.bounded(KnownScores(), strategy, 0.5 * strategy.reach(pruner.checkpoint.shape))
+        plan, made, where = planned.plan, planned.attached, pruner.checkpoint.name
         wanted = {name: _wanted_shape(plan, name) for name in needed_tensors(plan)}
         missing, extra = sorted(wanted.keys() - made), sorted(made.keys() - wanted)
         expect(not missing, f"{where}: {len(missing)} tensors of the plan are missing: {', '.join(missing[:3])}")
@@ -181,6 +182,8 @@ def _wanted_shape(plan: PruningPlan, name: str) -> tuple[int, ...]:
         return (plan.shape.hidden,)
     recipe = plan.blocks[int(position)]
     rows, columns = plan.shape.maps(plan.block_shape(recipe))[role]
+    if kind in ("weight", "bias"):
+        return (rows, columns) if kind == "weight" else (rows,)
     rank = min(recipe.rank, rows, columns)
     return (rows, rank) if kind == "lora_a" else (rank, columns)
 
@@ -188,9 +191,8 @@ def _wanted_shape(plan: PruningPlan, name: str) -> tuple[int, ...]:
 def model_is_what_the_plan_says(bench: Bench, strategy: ReplacementStrategy) -> None:
     """The plan's model runs, gives finite logits, and has as many parameters as the plan counts."""
     for pruner in bench.pruners():
-        plan = pruner.bounded_plan(KnownScores(), strategy, 0.5 * strategy.reach(pruner.checkpoint.shape))
-        attached = strategy.tensors(plan, pruner.checkpoint)
-        model = build_model(with_digests(plan, attached), pruner.checkpoint, attached)
+        planned = pruner.bounded(KnownScores(), strategy, 0.5 * strategy.reach(pruner.checkpoint.shape))
+        plan, model = planned.plan, build_model(planned.plan, pruner.checkpoint, planned.attached)
         with torch.no_grad():
             logits = model(tiny_tokens(2, 12)).logits
         where = pruner.checkpoint.name
@@ -229,7 +231,7 @@ def keeps_what_scores_highest(bench: Bench, strategy: ReplacementStrategy) -> No
     for comparable in (True, False):
         plan = pruner.bounded_plan(KnownScores(comparable), strategy, 0.35 * strategy.reach(shape))
         if "block" in strategy.wants:
-            whole = [r.whole for r in plan.blocks]
+            whole = [replace(r, gain=1.0, own=()).whole for r in plan.blocks]
             expect(BEST in whole, f"block {BEST} scores highest and is not kept whole; kept are {whole}")
         for kind, field in (("attention", "kv_heads"), ("mlp", "channels")):
             if kind in strategy.wants:

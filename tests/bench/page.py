@@ -53,6 +53,14 @@ def large(found: Figures) -> str:
     return f"{table(rows)}\n\n{seven_b.EXPLANATION}\n\n{missed}"
 
 
+def speculation(found: Figures) -> str:
+    """Return what self-speculative decoding gains."""
+    return (
+        f"{table(found['rows'])}\n\nGreedy decoding in {found['dtype']} of {found['new_tokens']} tokens behind "
+        f"{found['prompts']} prompts of {found['prompt_tokens']}."
+    )
+
+
 SECTIONS: dict[str, tuple[str, str, Callable[[Figures], str]]] = {
     "grid": ("A grid in one sweep, against stock lm-eval once a model", "bench-grid", grid),
     "scoring": ("All metrics together, against the slowest alone", "bench-scoring", scoring),
@@ -62,6 +70,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Figures], str]]] = {
         "bench-scaling",
         lambda found: "See [scaling.md](scaling.md).\n\n![Sweep time](scaling.svg)",
     ),
+    "speculation": ("Self-speculative decoding of a FlexiGPT model", "bench-speculation", speculation),
     "verify-engine": (
         "The same answers as stock lm-eval",
         "verify-engine",

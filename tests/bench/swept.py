@@ -23,9 +23,9 @@ from flexi_plugins.evaluation import Measurer
 from flexi_plugins.evaluators.harness import LOCAL
 from flexi_plugins.execution.sweep import Planned
 from flexi_plugins.hookspecs import Candidate
-from flexi_plugins.plugins import Entry
+from flexi_plugins.plugins import Entry, options_json
 from flexi_plugins.progress import Advance, Progress
-from flexi_plugins.pruner import Pruner, options_json
+from flexi_plugins.pruner import Pruner
 from flexi_plugins.store import Journal, Store
 from flexi_plugins.studyfile import Measure
 
@@ -103,7 +103,7 @@ class Plans:
 
     def _make(self, cell: Cell) -> Planned:
         metric, strategy = self.methods(cell)
-        planned = self.pruner.attach(self.pruner.plan(metric.object, strategy.object, cell.ratio))
+        planned = self.pruner.make(metric.object, strategy.object, cell.ratio)
         self.store.write_plan(self.key(cell), planned.plan, planned.attached)
         return planned
 

@@ -1,0 +1,159 @@
+"""MKA (arXiv 2406.16330, and its released pipeline.py): the last two blocks are merged, again and again.
+
+Blocks are compared by the states of all calibration sequences that enter them (see ``npib``). Released, of blocks i and
+i + 1, the last two, i gets the share a = sigmoid(beta S_i / (S_i + S_i+1)), S_i the mean of NPIB(i, .) over all blocks, and
+a theta_i + (1 - a) theta_i+1 takes the place of both, with the norms of i; similarities are the dense model's throughout.
+In the paper a = NPIB(i, i + 1). Of the pipeline, which was read in public copies, two things are not done here: it writes
+the merged maps where they are lost, so that what it saves is the model without its last blocks (reverse-order); and for
+its rows, meant to be one a sequence, it takes the first tokens of a few sequences (states = "released" does the same).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from flexi_baselines.npib import AXES, embedded, npib, ranked
+from flexi_plugins.budget import check_reach, smallest
+from flexi_plugins.data import BlockRecipe, ModelShape, Part, PruningPlan
+from flexi_plugins.errors import FlexiError
+from flexi_plugins.hookspecs import (
+    BlockTrace,
+    Budget,
+    PruningRequest,
+    ReplacementStrategy,
+    Statistic,
+    TensorRequest,
+    hookimpl,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LARGEST = 100  # sequences that the released code works on at once
+
+
+@dataclass(frozen=True)
+class SequenceStates:
+    """What enters a block, of every calibration sequence: (sequences, hidden).
+
+    last: at its last token. released: the released code works on c sequences at once, c the largest divisor of their
+    number up to 100, and has for these the first c tokens of the first of them.
+    """
+
+    name: ClassVar[str] = "sequence-states"
+    span: ClassVar[int] = 1
+    backward: ClassVar[bool] = False
+
+    def observe(self, trace: BlockTrace) -> dict[str, Tensor]:
+        """Return the rows of these sequences, and zeros for the others'."""
+        stream = trace.input.float()
+        last, released = (stream.new_zeros(trace.total, stream.shape[1]) for _ in range(2))
+        last[trace.sequences.start : trace.sequences.stop] = stream[trace.last]
+        at_once = next(c for c in range(LARGEST, 0, -1) if trace.total % c == 0)
+        for number, states in zip(trace.sequences, stream.chunk(len(trace.sequences)), strict=True):
+            if number % at_once == 0:  # a shorter sequence leaves zeros, as the released code's padding does
+                released[number : number + min(at_once, len(states))] = states[:at_once]
+        return {"last": last, "released": released}
+
+    def finish(self, totals: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:
+        """Return the states as they are."""
+        return dict(totals)
+
+
+@dataclass(frozen=True)
+class Mka:
+    """Merge the last two blocks by a weighted sum, as often as the ratio asks for."""
+
+    merges: int | None = None  # how many merges (num_layer), in the place of a ratio
+    share: Literal["released", "paper"] = "released"  # what the weight of the earlier block is made of
+    states: Literal["last", "released"] = "last"  # which tokens the rows are
+    progressive: bool = False  # compare the blocks of the merged model before each merge
+    sigma_k: float = 8.0
+    alpha: float = 0.5
+    beta: float = 1.0
+    n_neighbors: int = 5  # of the mutual information; at most one less than there are sequences
+    k_entropy: int = 50  # which neighbour the entropy measures; likewise
+
+    name: ClassVar[str] = "mka"
+    paper: ClassVar[str] = "MKA, arXiv 2406.16330"
+    needs: ClassVar[frozenset[str]] = frozenset({"sequence-states"})
+    wants: ClassVar[frozenset[str]] = frozenset()
+
+    def _most(self, shape: ModelShape) -> int:
+        """Return how many blocks in front of the last are of its own widths, up to the first that is not."""
+        alike = [block == shape.blocks[-1] for block in reversed(shape.blocks)]
+        return (alike.index(False) if False in alike else len(alike)) - 1
+
+    def reach(self, shape: ModelShape) -> float:
+        """Return the ratio of merging all blocks behind the last one of other widths; all blocks if there is none."""
+        return self._most(shape) * shape.block_parameters(shape.blocks[-1]) / shape.parameters
+
+    def plan(self, request: PruningRequest) -> PruningPlan:
+        """Merge the last two blocks: once if progressive, else as often as needed."""
+        shape, most = request.shape, self._most(request.plan.shape)
+        if self.merges is None:
+            check_reach(self.name, request.budget, self.reach(request.plan.shape))
+        elif not 0 < self.merges <= most:
+            raise FlexiError(f"{self.name}: merges = {self.merges}, expected 1..{most} on this model")
+        count = 1
+        if not self.progressive:
+            count = self.merges or smallest(most, lambda n: merged(shape, [0.5] * n), request.budget, self.name)
+        if request.counting:
+            return merged(shape, [0.5] * count)
+        shares = self._shares(request, count)
+        note = f"shares of the earlier block: {', '.join(f'{share:.4f}' for share in shares)}"
+        return replace(merged(shape, shares), origin={"notes": [note]})
+
+    def _shares(self, request: PruningRequest, count: int) -> list[float]:
+        """Return the weight of the earlier block of each pair, the last pair first."""
+        states = request.statistics["sequence-states"][self.states]
+        rows = len(states[0])
+        if rows < AXES + 2:
+            raise FlexiError(
+                f"{self.name}: {rows} calibration sequences, expected {AXES + 2} or more; set calibration windows"
+            )
+        points = [ranked(embedded(s, self.sigma_k, self.alpha)) for s in states]
+        similarity = npib(points, min(self.n_neighbors, rows - 1), min(self.k_entropy, rows - 1), request.seed)
+        last = len(points) - 1
+        return [self._weight(similarity, first) for first in range(last - 1, last - 1 - count, -1)]
+
+    def _weight(self, similarity: Tensor, first: int) -> float:
+        if self.share == "paper":
+            return float(similarity[first, first + 1])
+        own, other = similarity.mean(1)[first : first + 2]
+        return float((self.beta * own / (own + other)).sigmoid())
+
+    def finished(self, plan: PruningPlan, budget: Budget) -> bool:
+        """Whether enough blocks are merged."""
+        if self.merges is not None:
+            return len(plan.shape.blocks) - len(plan.blocks) >= self.merges
+        return budget.met(plan)
+
+    def tensors(self, request: TensorRequest) -> dict[str, Tensor]:
+        """Return nothing: a mix makes no new tensors."""
+        return {}
+
+
+def merged(shape: ModelShape, shares: Sequence[float]) -> PruningPlan:
+    """Return the plan that merges the last two blocks once for each share, the weight of the earlier one."""
+    first = last = len(shape.blocks) - 1
+    mix: tuple[tuple[int, float], ...] = ((last, 1.0),)
+    for share in shares:
+        first -= 1
+        mix = ((first, share), *((source, (1 - share) * weight) for source, weight in mix))
+    blocks = [BlockRecipe(parts=(Part(i),)) for i in range(first)]
+    return PruningPlan(shape, (*blocks, BlockRecipe(mix=mix, norms=((first, 1.0),))))
+
+
+@hookimpl
+def replacement_strategies() -> list[ReplacementStrategy]:
+    """Return the mka strategy."""
+    return [Mka()]
+
+
+@hookimpl
+def statistics() -> list[Statistic]:
+    """Return the states of sequences."""
+    return [SequenceStates()]

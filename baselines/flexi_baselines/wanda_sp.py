@@ -1,0 +1,137 @@
+"""Wanda-sp, structured Wanda (FLAP, arXiv 2312.11983, and the authors' prune_wanda_sp): |weight| x norm of the input.
+
+Metric: channel c of an output map scores the mean over its rows of |w_c| times the root mean square of its input (the
+authors' norm is over the tokens of a window: a constant factor more); a head is the sum of its channels. Strategy: the
+same share of the heads and channels of every block goes, block by block, each scored behind the blocks that are narrowed
+already, as the authors do; with the strategy flap and structure = "UL-UM" all blocks are scored on the dense model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from flexi_plugins.budget import check_reach, lowest, without_units
+from flexi_plugins.data import ModelShape, PruningPlan, Scores
+from flexi_plugins.errors import FlexiError
+from flexi_plugins.hookspecs import (
+    Budget,
+    ImportanceMetric,
+    PruningRequest,
+    ReplacementStrategy,
+    TensorRequest,
+    hookimpl,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PAPER = "Wanda-sp, in FLAP, arXiv 2312.11983"
+STEPS = 1000  # a ratio is met by the smallest fraction of so many that meets it
+
+
+@dataclass(frozen=True)
+class WandaScores:
+    """Mean |weight| x root mean square of the input; of a KV head with its query heads, the sum over their channels."""
+
+    name: ClassVar[str] = "wanda-sp"
+    paper: ClassVar[str] = PAPER
+    gives: ClassVar[frozenset[str]] = frozenset({"attention", "mlp"})
+    needs: ClassVar[frozenset[str]] = frozenset({"input-moments"})
+
+    def score(self, request: PruningRequest) -> Scores:
+        """Return scores that rank the units of one kind in one block."""
+        moments = request.statistics["input-moments"]
+
+        def channels(kind: str, index: int) -> Tensor:
+            square = moments[f"{kind}_variance"][index] + moments[f"{kind}_mean"][index].square()
+            return square.sqrt() * moments[f"{kind}_magnitude"][index]
+
+        attention, mlp = [], []
+        for index, block in enumerate(request.shape.blocks):
+            columns = channels("attention", index)
+            attention.append(columns.view(block.kv_heads, -1).sum(1) if block.kv_heads else columns)
+            mlp.append(channels("mlp", index))
+        return Scores(attention=tuple(attention), mlp=tuple(mlp), rule="standardised")
+
+
+@dataclass(frozen=True)
+class WandaSp:
+    """Remove the lowest int(fraction x n) of the n heads, and of the n channels, of one block after the other."""
+
+    fraction: float | None = None  # share of each block's units (--pruning_ratio), in the place of a ratio
+
+    name: ClassVar[str] = "wanda-sp"
+    paper: ClassVar[str] = PAPER
+    needs: ClassVar[frozenset[str]] = frozenset()
+    wants: ClassVar[frozenset[str]] = frozenset({"attention", "mlp"})
+    progressive: ClassVar[bool] = True
+
+    def reach(self, shape: ModelShape) -> float:
+        """Return the ratio of the largest fraction."""
+        return saved(shape, (STEPS - 1) / STEPS) / shape.parameters
+
+    def plan(self, request: PruningRequest) -> PruningPlan:
+        """Narrow the first block that is not narrowed yet."""
+        assert request.scores is not None
+        assert request.scores.attention is not None
+        assert request.scores.mlp is not None
+        original, shape = request.plan.shape, request.shape
+        if self.fraction is None:
+            check_reach(self.name, request.budget, self.reach(original))
+        elif not 0 < self.fraction < 1 or not saved(original, self.fraction):
+            raise FlexiError(f"{self.name}: fraction {self.fraction:g} removes no unit, or is not between 0 and 1")
+        fraction = self._fraction(original, request.budget)
+        index = to_do(request.plan, fraction)[0]
+        heads, channels = going(original, index, fraction)
+        gone = {
+            (index, "attention"): lowest(request.scores.attention[index], heads, range(shape.blocks[index].kv_heads)),
+            (index, "mlp"): lowest(request.scores.mlp[index], channels, range(shape.blocks[index].channels)),
+        }
+        return without_units(shape, gone)
+
+    def _fraction(self, shape: ModelShape, budget: Budget) -> float:
+        """Return the fraction that is set, or the smallest that meets the budget."""
+        if self.fraction is not None:
+            return self.fraction
+        steps = (step / STEPS for step in range(1, STEPS))
+        return next(f for f in steps if shape.parameters - saved(shape, f) <= budget.target)
+
+    def finished(self, plan: PruningPlan, budget: Budget) -> bool:
+        """Whether every block is narrowed."""
+        return not to_do(plan, self._fraction(plan.shape, budget))
+
+    def tensors(self, request: TensorRequest) -> dict[str, Tensor]:
+        """Return nothing: removal makes no new tensors."""
+        return {}
+
+
+def going(shape: ModelShape, index: int, fraction: float) -> tuple[int, int]:
+    """Return how many KV heads and channels of a block of the original go."""
+    block = shape.blocks[index]
+    return int(fraction * block.kv_heads), int(fraction * block.channels)
+
+
+def saved(shape: ModelShape, fraction: float) -> int:
+    """Return how many parameters go with a fraction."""
+    counts = [going(shape, index, fraction) for index in range(len(shape.blocks))]
+    heads = sum(h * shape.head_cost(b) for (h, _), b in zip(counts, shape.blocks, strict=True))
+    return heads + sum(c for _, c in counts) * shape.channel_cost()
+
+
+def to_do(plan: PruningPlan, fraction: float) -> list[int]:
+    """Return the blocks that a plan leaves as they are, and the fraction does not."""
+    narrowed = zip(plan.shape.blocks, plan.new_shape.blocks, strict=True)
+    return [i for i, (old, new) in enumerate(narrowed) if old == new and any(going(plan.shape, i, fraction))]
+
+
+@hookimpl
+def importance_metrics() -> list[ImportanceMetric]:
+    """Return the wanda-sp metric."""
+    return [WandaScores()]
+
+
+@hookimpl
+def replacement_strategies() -> list[ReplacementStrategy]:
+    """Return the wanda-sp strategy."""
+    return [WandaSp()]

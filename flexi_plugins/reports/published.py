@@ -1,0 +1,219 @@
+"""Published numbers beside ours: one line for the same model, method, ratio, recovery and task, and never one ranking."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flexi_plugins.errors import FlexiError
+from flexi_plugins.reports import ranking
+from flexi_plugins.reports.ranking import Row, number
+from flexi_plugins.reports.table import Column, figure, markdown_table, one_line
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Papers = Mapping[tuple[str, str], str]  # (kind, name) of a plugin -> its paper, the method's name in front of a comma
+
+NEAR = 0.005  # papers round their ratios: LLM-Pruner's 20 % of LLaMA-7B are 19.52 % of its parameters
+DENSE = ("dense", "original", "unpruned")
+EXPLAINED = """\
+- Published: as the source prints it, from the authors' own run: other software, calibration text and samples. It is not
+  ranked with ours, and lines are in the order of the file.
+- Ours: the records of this study. A record is taken for a method if the study has its name, else if the metric and the
+  strategy (or a strategy that goes without scores) are of its paper, else if the metric alone is. Beside a name with a
+  variant, such as LLM-Pruner Element1, stand all our records of the method with their options: compare those first.
+- Ratios are as published; the true ratio is the share of our model's stored parameters that is gone. Accuracies are in
+  percent."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A line of published numbers. ratio: share of the parameters, 0 for the dense model; accuracies are in percent.
+
+    task and metric: as in our measurements (wikitext2, ppl@2048; piqa, acc), a perplexity without window means any.
+    """
+
+    model: str
+    method: str
+    ratio: float
+    recovery: str
+    task: str
+    value: float
+    metric: str
+    source: str
+    note: str
+
+
+COLUMNS = tuple(field.name for field in fields(Published))
+
+
+def read_published(path: Path) -> list[Published]:
+    """Read a CSV file with the columns of ``Published``; a line that is none is named."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            missing = [c for c in COLUMNS if c not in (reader.fieldnames or ())]
+            if missing:
+                raise FlexiError(f"{path}: expected the columns {', '.join(COLUMNS)}, found no {', '.join(missing)}")
+            return [_published(f"{path}, line {reader.line_num}", row) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise FlexiError(f"{path}: the published numbers cannot be read: {error}") from None
+
+
+def _published(where: str, row: Mapping[str, str | None]) -> Published:
+    values = {column: (row[column] or "").strip() for column in COLUMNS}
+    empty = [c for c in COLUMNS if not values[c] and c not in ("recovery", "note")]
+    if empty:
+        raise FlexiError(f"{where}: expected something as {empty[0]}, found nothing")
+    numbers = {}
+    for column in ("ratio", "value"):
+        try:
+            numbers[column] = float(values.pop(column))
+        except ValueError:
+            raise FlexiError(f"{where}: expected a number as {column}, found {row[column]!r}") from None
+    if not 0 <= numbers["ratio"] < 1 or not math.isfinite(numbers["value"]):
+        raise FlexiError(f"{where}: expected a ratio in [0, 1) and a finite value, found {numbers}")
+    return Published(ratio=numbers["ratio"], value=numbers["value"], **values)
+
+
+# ------------------------------------------------------------------------------------------- what belongs together
+
+
+def side_by_side(rows: pd.DataFrame, published: Iterable[Published], papers: Papers, study: str) -> list[Row]:
+    """Return the published numbers that the study has a number beside, in their order, with ours."""
+    methods, names = ranking.methods(rows), ranking.measured(rows)
+    return [
+        _pair(line, row, name)
+        for line in published
+        for row in _same_method(line, [m for m in methods if _same_place(line, m)], papers, study)
+        for name in names
+        if _same_measurement(line, name) and not math.isnan(number(row, name))
+    ]
+
+
+def _pair(line: Published, row: Row, name: str) -> Row:
+    accuracy = name in ranking.accuracies([name])
+    dense = ranking.is_dense(row)
+    return {
+        **{column: getattr(line, column) for column in COLUMNS if column != "value"},
+        "published": line.value,
+        "ours": number(row, name) * (100 if accuracy else 1),
+        "measurement": name,
+        "our_metric": None if dense else row["metric"],
+        "our_strategy": None if dense else row["strategy"],
+        "variant": row["variant"],
+        "options": ranking.flat_options(row["options"]),
+        "seeds": row["seeds"],
+        "true_ratio": number(row, "true_ratio"),
+    }
+
+
+def _same_place(line: Published, row: Row) -> bool:
+    near = math.isclose(row["ratio"], line.ratio) or abs(number(row, "true_ratio") - line.ratio) <= NEAR
+    recovery = _plain(line.recovery or "none") == _plain(row["recovery"])
+    return near and recovery and _model(line.model) == _model(row["model"])
+
+
+def _same_method(line: Published, rows: Sequence[Row], papers: Papers, study: str) -> list[Row]:
+    """Return the rows that come closest to a published method; see EXPLAINED."""
+    if _plain(line.method) in DENSE:
+        return [row for row in rows if ranking.is_dense(row)]
+    pruned = [row for row in rows if not ranking.is_dense(row)]
+    closeness = [_closeness(line.method, row, papers, study) for row in pruned]
+    return [row for row, close in zip(pruned, closeness, strict=True) if close and close == max(closeness)]
+
+
+def _closeness(method: str, row: Row, papers: Papers, study: str) -> int:
+    wanted = {_plain(method), _plain(method.split()[0])}  # "LLM-Pruner Element1" is a variant of LLM-Pruner
+
+    def goes_by_it(kind: str) -> bool:
+        name = row[kind]
+        return bool(wanted & {_plain(name), _plain(papers.get((kind, name), "").partition(",")[0])})
+
+    if _plain(study) in wanted:
+        return 3
+    if goes_by_it("strategy") and (goes_by_it("metric") or row["metric"] == "none"):
+        return 2
+    return int(goes_by_it("metric"))
+
+
+def _same_measurement(line: Published, name: str) -> bool:
+    named = name if "@" in line.metric else name.partition("@")[0]
+    return _plain(f"{line.task} {line.metric}") == _plain(named)
+
+
+def _model(name: str) -> str:
+    """Return what names of one model have in common: owner, maker, revision, format and version are left out."""
+    own = name.partition("@")[0].rpartition("/")[2]
+    return _plain(re.sub(r"^meta-|[-_ ](hf|v\d+(\.\d+)*)$", "", own, flags=re.IGNORECASE))
+
+
+def _plain(text: str) -> str:
+    """Return a name without case, spaces and signs, of which + and & are words."""
+    return re.sub(r"[^a-z0-9]", "", text.lower().replace("+", "plus").replace("&", "and"))
+
+
+# ----------------------------------------------------------------------------------------------------- the page
+
+
+def render(rows: pd.DataFrame, published: Sequence[Published], pairs: Sequence[Row], title: str) -> str:
+    """Return the pairs as a Markdown page, a table for every model, ratio and recovery; then what has no counterpart."""
+    sections = [f"# {title}: published numbers beside ours", EXPLAINED]
+    for place in dict.fromkeys((p["model"], p["ratio"], p["recovery"]) for p in pairs):
+        group = [p for p in pairs if (p["model"], p["ratio"], p["recovery"]) == place]
+        model, ratio, recovery = place
+        sections.append(f"## {model}, ratio {ratio:g}, recovery {recovery or 'none'}")
+        sections.append(markdown_table(group, _columns(group)))
+    return "\n\n".join([*sections, "## Without a counterpart", _alone(rows, published, pairs)]) + "\n"
+
+
+def _columns(group: Sequence[Row]) -> list[Column]:
+    columns: list[Column] = [
+        ("method", lambda p: one_line(p["method"])),
+        ("task", lambda p: one_line(f"{p['task']} {p['metric']}")),
+        ("published", lambda p: figure(p["published"])),
+        ("ours", lambda p: figure(p["ours"])),
+        ("our method", lambda p: one_line(_our_method(p))),
+        ("measured", lambda p: one_line(p["measurement"])),
+        ("true ratio", lambda p: figure(p["true_ratio"])),
+        ("source", lambda p: one_line(p["source"])),
+    ]
+    return [*columns, ("note", lambda p: one_line(p["note"]))] if any(p["note"] for p in group) else columns
+
+
+def _our_method(pair: Row) -> str:
+    if pair["our_strategy"] is None:
+        return "dense"
+    told = [pair["variant"]] if pair["variant"] else []
+    if len(pair["method"].split()) > 1:  # a variant
+        told = [
+            f"{k.partition('.')[2]}={v}" for k, v in pair["options"].items() if k.startswith(("metric.", "strategy."))
+        ]
+    return f"{pair['our_metric']} x {pair['our_strategy']}" + f" ({', '.join(told)})" * bool(told)
+
+
+def _alone(rows: pd.DataFrame, published: Sequence[Published], pairs: Sequence[Row]) -> str:
+    """Say which models and methods have numbers on one side only."""
+    ours = {_model(name): name for name in rows["model"]}
+    known = {_model(line.model) for line in published}
+    met = {(p["model"], p["method"], p["ratio"], p["recovery"]) for p in pairs}
+    left = dict.fromkeys(
+        (line.model, line.method, line.ratio, line.recovery) for line in published if _model(line.model) in ours
+    )
+    methods = [f"{m} {method} {ratio:g} ({recovery or 'none'})" for m, method, ratio, recovery in left.keys() - met]
+    nowhere = [name for model, name in ours.items() if model not in known]
+    said = [
+        (f"published, and not in this study: {', '.join(sorted(methods))}", methods),
+        (
+            f"in this study, and without a published number: {', '.join(nowhere)}; there are numbers of "
+            f"{', '.join(dict.fromkeys(line.model for line in published)) or 'no model'}",
+            nowhere,
+        ),
+    ]
+    return "\n".join(f"- {text}" for text, holds in said if holds) or "- none"

@@ -1,0 +1,157 @@
+"""Recipes: every study file is one that runs, and those of published methods plan what their papers say."""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import flexi_baselines
+import pytest
+from flexi_baselines import wanda_sp
+from tiny import family_of
+
+from flexi_plugins.budget import check_reach
+from flexi_plugins.data import ModelShape, PruningPlan
+from flexi_plugins.evaluators import harness
+from flexi_plugins.hookspecs import Budget
+from flexi_plugins.models import known_config
+from flexi_plugins.plugins import Plugins, incompatible, own_knob
+from flexi_plugins.pruner import count_only
+from flexi_plugins.studyfile import StudyFile, read_study
+
+FOLDER = Path(__file__).parents[1] / "baselines"
+RECIPES = sorted((FOLDER / "recipes").glob("*.toml"))
+SAME_SHAPE = {"meta-llama/Meta-Llama-3-8B": "meta-llama/Llama-3.1-8B"}
+SEVEN = {"boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"}
+
+
+def modules() -> list[ModuleType]:
+    """Return the modules of flexi-baselines that contribute plugins."""
+    names = sorted(p.stem for p in Path(flexi_baselines.__path__[0]).glob("*.py") if "@hookimpl" in p.read_text())
+    return [importlib.import_module(f"flexi_baselines.{name}") for name in names]
+
+
+@pytest.fixture(scope="module")
+def plugins() -> Plugins:
+    found = Plugins.load()
+    for module in modules():
+        if not found.manager.is_registered(module):
+            found.add(module)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def one_index_of_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval's index of all its tasks takes seconds to make: once is enough."""
+    monkeypatch.setattr(harness, "known_tasks", KNOWN_TASKS)
+
+
+KNOWN_TASKS = cache(harness.known_tasks)
+
+
+def study_of(name: str, plugins: Plugins) -> StudyFile:
+    return read_study(FOLDER / "recipes" / f"{name}.toml", plugins)
+
+
+def shape_of(study: StudyFile) -> ModelShape:
+    config = known_config(SAME_SHAPE.get(study.model, study.model))
+    return family_of(config).shape(config)
+
+
+def plans(name: str, plugins: Plugins) -> list[PruningPlan]:
+    """Return what every strategy of a study plans at each of its ratios, from shapes alone."""
+    study, made = study_of(name, plugins), []
+    for method in study.strategies:
+        strategy = plugins.get("strategy", method.name, method.options)
+        for ratio in (0.0,) if own_knob(strategy) else method.ratios or study.ratios:
+            made.append(count_only(shape_of(study), strategy, ratio))
+    return made
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_a_recipe_is_a_study_that_can_run(path: Path, plugins: Plugins) -> None:
+    """Every name and option exists, every metric goes with every strategy, and every ratio is within reach."""
+    study = read_study(path, plugins)
+    assert study.name == path.stem
+    assert study.recovery == ("none",)
+    shape = shape_of(study)
+    for metric, replacement, ratios in study.combinations:
+        strategy = plugins.get("strategy", replacement.name, replacement.options)
+        assert incompatible(plugins.get("metric", metric.name, metric.options), strategy) is None
+        for ratio in () if own_knob(strategy) else ratios:
+            check_reach(strategy.name, Budget(shape.parameters, ratio), strategy.reach(shape))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_a_recipe_says_where_its_settings_are_from(path: Path) -> None:
+    first, *_ = path.read_text(encoding="utf-8").splitlines()
+    assert first.startswith("# ")
+
+
+REMOVED = {  # recipe -> how many blocks each of its strategies leaves out of those of its model
+    "come": [4, 7, 10],
+    "come-p": [4, 7, 10],
+    "shortgpt": [9],
+    "prune-and-comp": [7, 7, 9, 9],
+    "sleb": [4, 7],
+    "mka": [14, 14],
+    "shortened-llama": [6, 9, 11],
+    "llm-streamline": [8, 7, 9],
+    "iterative-layer-pruning": [8, 12, 16],
+}
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_as_many_blocks_go_as_the_paper_says(name: str, plugins: Plugins) -> None:
+    assert [len(p.shape.blocks) - len(p.blocks) for p in plans(name, plugins)] == REMOVED[name]
+
+
+def test_flexigpt_replaces_nine_and_twelve_blocks_with_adapters_of_rank_256(plugins: Plugins) -> None:
+    """As ratios of what is stored, 30 % and 40 % are more blocks: adapters count."""
+    shared, removed = [], []
+    for plan in plans("flexigpt", plugins):
+        ranks = {r.rank for r in plan.blocks if r.shares is not None}
+        assert ranks <= {256}
+        replaced = sum(r.shares is not None for r in plan.blocks)
+        (shared if ranks else removed).append(replaced or len(plan.shape.blocks) - len(plan.blocks))
+    assert shared == [9, 12, 12, 15]
+    assert removed == [9, 12, 10, 14]
+
+
+@pytest.mark.parametrize("name", ["llm-pruner", "llm-pruner-vicuna"])
+def test_llm_pruner_leaves_what_its_log_and_its_table_say(name: str, plugins: Plugins) -> None:
+    assert [p.stored_parameters for p in plans(name, plugins)] == [5_422_977_024, 3_350_188_032]
+
+
+def test_wanda_sp_removes_whole_heads_of_every_block(plugins: Plugins) -> None:
+    """int(0.2 x 32), int(0.3 x 32) and int(0.5 x 32) heads; int(share x 11008) channels."""
+    study = study_of("wanda-sp", plugins)
+    fractions = [s.options["fraction"] for s in study.strategies]
+    assert [wanda_sp.going(shape_of(study), 0, f) for f in fractions] == [(6, 2201), (9, 3302), (16, 5504)]
+
+
+def test_the_structures_of_flap_keep_as_many_heads_and_channels_as_its_script_says(plugins: Plugins) -> None:
+    """At half the blocks' weights: the same share, 384 // 32 heads of every block, and 380 heads of all blocks."""
+    study = study_of("flap", plugins)
+    strategies = [plugins.get("strategy", s.name, s.options) for s in study.strategies]
+    uneven = [s for s in strategies if s.structure != "AL-AM"]
+    found = {s.structure: count_only(shape_of(study), s, 0.0).new_shape.blocks for s in uneven}
+    assert {(b.kv_heads, b.channels) for b in found["UL-UM"]} == {(16, 5504)}
+    assert {(b.kv_heads, b.channels) for b in found["UL-MM"]} == {(20, 11008 - 6186)}
+    assert sum(32 - b.kv_heads for b in found["AL-MM"]) == 380
+    assert sum(11008 - b.channels for b in found["AL-MM"]) == 198_656
+
+
+def test_blockpruner_removes_twelve_of_sixty_four_sub_layers(plugins: Plugins) -> None:
+    for plan in plans("blockpruner", plugins):
+        left = sum(bool(b.kv_heads) + bool(b.channels) for b in plan.new_shape.blocks)
+        assert 2 * len(plan.shape.blocks) - left == 12
+
+
+@pytest.mark.parametrize("name", ["flap", "wanda-sp", "llm-pruner", "llm-pruner-vicuna", "saap", "shortened-llama"])
+def test_llm_pruners_protocol_is_seven_tasks_and_windows_of_128_tokens(name: str, plugins: Plugins) -> None:
+    measures = study_of(name, plugins).evaluation
+    assert [set(m.options["tasks"]) for m in measures if m.evaluator == "lm-eval"] == [SEVEN]
+    assert {m.options["window"] for m in measures if m.evaluator == "perplexity"} == {128}
