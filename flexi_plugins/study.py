@@ -76,10 +76,12 @@ class Study:
         self.progress.say(f"study {self.file.name}: {len(works)} cells, {len(works) - len(todo)} of them done before")
         for problem in self.store.problems:
             self.progress.say(problem)
+        for seed in self.file.seeds:  # one after the other, so that a long study has whole results early
+            chosen = [w for w in todo if w.cell.seed == seed]
+            if chosen:
+                self.make_plans(chosen)
+                self.measure(chosen)
         if todo:
-            for seed in self.file.seeds:
-                self.make_plans([w for w in todo if w.cell.seed == seed])
-            self.measure(todo)
             self.journal.clear()
         records = [r for r in (self.store.get(w.cell) for w in works) if r is not None]
         write_reports(self.plugins, records, self.folder, self.file.name)

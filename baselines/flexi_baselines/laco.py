@@ -63,7 +63,7 @@ class LaCo:
         def similarity(plan: PruningPlan) -> float:
             if plan.blocks not in known:
                 [turn] = request.quality([request.plan.compose(plan)], "turn")
-                known[plan.blocks] = -1.0 if math.isnan(turn) else 1 - turn  # broken down: as unlike as can be
+                known[plan.blocks] = max(-1.0, 1 - turn)  # infinite where the model breaks down: as unlike as can be
             return known[plan.blocks]
 
         threshold = 1.0 if self.T is None else self.T
