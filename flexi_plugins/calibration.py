@@ -211,7 +211,7 @@ class _ForwardObserver:
         """Return the states (sequences, tokens, hidden) that entered a block, or enter it now."""
         if position:
             return self.sweeper.stored(batch, self.numbers[position])
-        return self.blocks.embed(self._batches[batch].ids, self.planned.plan.embedding_gain)
+        return self.blocks.embed(self._batches[batch].ids, self.planned.plan, self.planned.attached)
 
     def run(self, batch: int, position: int, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
         """Run one block; where its statistics are wanted, observe it."""
@@ -286,9 +286,9 @@ class _ForwardObserver:
 def _until(planned: Planned, position: int) -> Planned:
     """Return the model of a plan up to a block, with the donors of the blocks that are left."""
     plan = planned.plan
-    whole = {r.whole: p for p, r in reversed(list(enumerate(plan.blocks))) if r.whole is not None}
-    last = max(position, *(whole[r.shares] for r in plan.blocks[: position + 1] if r.shares is not None), 0)
+    donors = [plan.donor(p) for p in range(position + 1)]
+    last = max([position, *(p for p in donors if p is not None)])
     names = [f"blocks.{p}." for p in range(last + 1)]
-    tensors = tuple((n, d) for n, d in plan.tensors if n.startswith(tuple(names)))
+    tensors = tuple((n, d) for n, d in plan.tensors if n.startswith(("outer.", *names)))
     shorter = replace(plan, blocks=plan.blocks[: last + 1], tensors=tensors)
     return Planned(shorter, {n: planned.attached[n] for n, _ in tensors})

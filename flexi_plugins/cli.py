@@ -1,4 +1,4 @@
-"""The command line: flexi run | plan | prune | eval | report | list | check."""
+"""The command line: flexi run | plan | prune | extend | recover | eval | report | list | check."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flexi_plugins.errors import FlexiError
+from flexi_plugins.show import plan_summary, print_json, show_list, show_outcomes, show_plan, show_reports, totals
 
 if TYPE_CHECKING:
     from flexi_plugins.data import PruningPlan
@@ -78,9 +79,9 @@ def run(
     records = Study(file, folder, data, plugins, _progress(), _machine(device, memory)).run()
     failed = [r for r in records if r.status == "failed"]
     if as_json:
-        _print_json([r.to_json() for r in records])
+        print_json([r.to_json() for r in records])
     else:
-        _show_reports(plugins, folder)
+        show_reports(plugins, folder)
     for record in failed:
         typer.echo(f"failed: {record.cell.label}: {record.reason}", err=True)
     if failed:
@@ -131,9 +132,9 @@ def plan(
 
             save_attached(attached, output.with_name(PLAN_TENSORS))
     if as_json:
-        _print_json(_plan_summary(made))
+        print_json(plan_summary(made))
     else:
-        _show_plan(made)
+        show_plan(made)
 
 
 @app.command()
@@ -164,31 +165,106 @@ def prune(
     \b
     Example: flexi prune --plan plan.json -o pruned/
     """
-    if output.exists():
-        raise FlexiError(f"output {str(output)!r} exists already; name another folder or remove it")
-    if plan_file:
-        if metric or strategy or ratio is not None:
-            raise FlexiError("prune: give either --plan, or --metric, --strategy and --ratio")
-        pruner = _pruner(model, corpus, seed, data, dtype, device, memory)
-        planned = _read_plan(plan_file, pruner)
-    else:
-        method = _method(metric, strategy, ratio, metric_option, strategy_option)
-        pruner = _pruner(model, corpus, seed, data, dtype, device, memory)
-        planned = pruner.make(*method, pruner.progress.say)
-    pruner.write(planned, output)
-    from flexi_plugins.rewrite import plain_reason
+    _check_new(output)
+    asked = _asked(plan_file, metric, strategy, ratio, metric_option, strategy_option)
+    pruner = _pruner(model, corpus, seed, data, dtype, device, memory)
+    _write_model(pruner, _planned(pruner, asked), output, as_json)
 
-    made = planned.plan
-    reason = plain_reason(made, pruner.checkpoint)
-    summary = {**_plan_summary(made), "folder": str(output), "plain": reason is None, "not_plain_because": reason}
-    if as_json:
-        _print_json(summary)
-        return
-    typer.echo(_totals(made))
-    typer.echo(
-        f"written to {output}: "
-        + ("a plain transformers folder" if reason is None else f"FlexiForCausalLM, since {reason}")
-    )
+
+@app.command()
+def extend(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Checkpoint folder to write.")],
+    model: Model = "smollm2-135m",
+    blocks: Annotated[int | None, typer.Option("--blocks", help="How many blocks the extended model has.")] = None,
+    start: Annotated[int | None, typer.Option("--start", help="First block of the span that is repeated.")] = None,
+    end: Annotated[int | None, typer.Option("--end", help="Last block of the span.")] = None,
+    repetitions: Annotated[
+        int | None, typer.Option("--repetitions", help="How often each block of the span runs.")
+    ] = None,
+    order: Annotated[
+        str, typer.Option("--order", help="block (each in place) or sequential (the whole span).")
+    ] = "block",
+    rank: Annotated[int | None, typer.Option("--rank", help="Rank of the adapters; default hidden / 16.")] = None,
+    output_gain: Annotated[
+        str, typer.Option("--output-gain", help="Start of the output norms, or calibrated.")
+    ] = "calibrated",
+    corpus: Corpus = "python-docs",
+    seed: Seed = 0,
+    data: Data = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    memory: Memory = None,
+    as_json: Json = False,
+) -> None:
+    """Repeat a span of blocks with shared weights, adapters and output norms of their own; to be trained afterwards.
+
+    \b
+    Example: flexi extend --blocks 36 -o extended/
+    Example: flexi recover --metric none --strategy extend --strategy-option blocks=36 --method adapters -o extended/
+    """
+    from flexi_plugins.plugins import Plugins
+
+    _check_new(output)
+    given = {"blocks": blocks, "start": start, "end": end, "repetitions": repetitions, "rank": rank}
+    options = {**{k: v for k, v in given.items() if v is not None}, "order": order, "output_gain": output_gain}
+    plugins = Plugins.load()
+    asked = plugins.get("metric", "none"), plugins.get("strategy", "extend", options), 0.0
+    pruner = _pruner(model, corpus, seed, data, dtype, device, memory)
+    _write_model(pruner, _planned(pruner, asked), output, as_json)
+
+
+@app.command()
+def recover(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Checkpoint folder to write.")],
+    method: Annotated[str, typer.Option("--method", help="Recovery method; see `flexi list`.")],
+    model: Model = "smollm2-135m",
+    plan_file: Annotated[
+        Path | None, typer.Option("--plan", help="A plan file, in the place of metric, strategy, ratio.")
+    ] = None,
+    metric: Metric = None,
+    strategy: Strategy = None,
+    ratio: Ratio = None,
+    metric_option: MetricOptions = None,
+    strategy_option: StrategyOptions = None,
+    recovery_option: Annotated[
+        list[str] | None, typer.Option("--recovery-option", help="KEY=VALUE, repeatable.")
+    ] = None,
+    training_corpus: Annotated[
+        str, typer.Option("--training-corpus", help="Text to train on: a corpus name or file:PATH.")
+    ] = "python-docs",
+    length: Annotated[int, typer.Option("--length", help="Tokens of a training window.")] = 256,
+    tokens: Annotated[int, typer.Option("--tokens", help="Tokens to train on.")] = 65_536,
+    held_out: Annotated[int, typer.Option("--held-out", help="Windows to measure the loss on meanwhile.")] = 16,
+    corpus: Corpus = "python-docs",
+    seed: Seed = 0,
+    data: Data = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    memory: Memory = None,
+    as_json: Json = False,
+) -> None:
+    """Prune a model, train what is left of it, and write it; a training that was stopped goes on where it was.
+
+    \b
+    Example: flexi recover --plan plan.json --method lora --tokens 65536 -o recovered/
+    """
+    import shutil
+
+    from flexi_plugins.corpora.files import find_corpus
+    from flexi_plugins.plugins import Plugins
+    from flexi_plugins.pruner import Training
+
+    _check_new(output)
+    asked = _asked(plan_file, metric, strategy, ratio, metric_option, strategy_option)
+    plugins = Plugins.load()
+    chosen = plugins.get("recovery", method, _options(recovery_option))
+    find_corpus(training_corpus, {n: e.object for n, e in plugins.entries("corpus").items()})
+    setting = Training(training_corpus, length, tokens, held_out)
+    pruner = _pruner(model, corpus, seed, data, dtype, device, memory)
+    checkpoints = output.with_name(f"{output.name}.training")
+    planned = pruner.recover(_planned(pruner, asked), chosen, setting, checkpoints)
+    _write_model(pruner, planned, output, as_json)
+    shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 @app.command("eval")
@@ -241,7 +317,7 @@ def evaluate(
         Measurer(pruner, NoJournal(), Path(folder), [planned]) as measurer,
     ):
         outcomes = [next(measurer.run(measure, [candidate])) for measure in chosen]
-    _show_outcomes(outcomes, as_json)
+    show_outcomes(outcomes, as_json)
 
 
 @app.command()
@@ -292,7 +368,7 @@ def report(
         file, pairs = write_published(plugins, records, publish_to or folder, title, published_file)
         files, beside = [*files, file], {"published": pairs}
     if as_json:
-        _print_json({"records": [r.to_json() for r in records], "files": [str(f) for f in files], **beside})
+        print_json({"records": [r.to_json() for r in records], "files": [str(f) for f in files], **beside})
     else:
         for file in files:
             typer.echo(str(file))
@@ -328,9 +404,9 @@ def list_plugins(as_json: Json = False) -> None:
     ]
     refused = [{"metric": m, "strategy": s, "reason": r} for m, s, r in pairs if r]
     if as_json:
-        _print_json({"plugins": described, "incompatible": refused, "problems": list(plugins.problems)})
+        print_json({"plugins": described, "incompatible": refused, "problems": list(plugins.problems)})
     else:
-        _show_list(described, refused)
+        show_list(described, refused)
 
 
 @app.command()
@@ -358,7 +434,7 @@ def check(
 
         problems += check_all(plugins)
     if as_json:
-        _print_json({"problems": problems})
+        print_json({"problems": problems})
     else:
         for problem in problems:
             typer.echo(problem)
@@ -479,6 +555,58 @@ def _counted(model: str, strategy: str | None, ratio: float | None, options: Seq
     return count_only(plugins.family(config).shape(config), chosen, _asked_ratio(chosen, ratio))
 
 
+def _check_new(output: Path) -> None:
+    if output.exists():
+        raise FlexiError(f"output {str(output)!r} exists already; name another folder or remove it")
+
+
+def _asked(
+    plan_file: Path | None,
+    metric: str | None,
+    strategy: str | None,
+    ratio: float | None,
+    metric_option: Sequence[str] | None,
+    strategy_option: Sequence[str] | None,
+) -> Path | tuple[Any, Any, float]:
+    """Return the plan file, or the methods and the ratio in its place; both or neither is an error."""
+    if not plan_file:
+        return _method(metric, strategy, ratio, metric_option, strategy_option)
+    if metric or strategy or ratio is not None:
+        raise FlexiError("give either --plan, or --metric, --strategy and --ratio")
+    return plan_file
+
+
+def _planned(pruner: Pruner, asked: Path | tuple[Any, Any, float]) -> Planned:
+    if isinstance(asked, Path):
+        return _read_plan(asked, pruner)
+    return pruner.make(*asked, pruner.progress.say)
+
+
+def _write_model(pruner: Pruner, planned: Planned, output: Path, as_json: bool) -> None:
+    """Write a plan's model, and say what it is."""
+    from flexi_plugins.rewrite import plain_reason
+
+    pruner.write(planned, output)
+    made = planned.plan
+    reason = plain_reason(made, pruner.checkpoint)
+    recovery = made.origin.get("recovery")
+    if as_json:
+        summary = {**plan_summary(made), "folder": str(output), "plain": reason is None, "not_plain_because": reason}
+        print_json({**summary, **({"recovery": recovery} if recovery else {})})
+        return
+    typer.echo(totals(made))
+    if recovery:
+        losses = [point["held_out_loss"] for point in recovery["curve"] if "held_out_loss" in point]
+        course = f": held-out loss {losses[0]:.4f} -> {losses[-1]:.4f} nats a token" if losses else ""
+        typer.echo(f"trained by {recovery['method']} on {recovery['training']['tokens']:,} tokens{course}")
+        for note in recovery["notes"]:
+            typer.echo(f"note: {note}")
+    typer.echo(
+        f"written to {output}: "
+        + ("a plain transformers folder" if reason is None else f"FlexiForCausalLM, since {reason}")
+    )
+
+
 def _read_plan(path: Path, pruner: Pruner) -> Planned:
     """Read a plan file, and its tensors from the file beside it; without that file its strategy makes them."""
     from flexi_plugins.data import PruningPlan
@@ -497,99 +625,11 @@ def _read_plan(path: Path, pruner: Pruner) -> Planned:
     return pruner.attach(made)
 
 
-def _plan_summary(made: PruningPlan) -> dict[str, Any]:
-    from flexi_plugins.pruner import plan_rows
-
-    return {
-        "original_parameters": made.shape.parameters,
-        "stored_parameters": made.stored_parameters,
-        "runtime_parameters": made.runtime_parameters,
-        "macs_per_token": made.macs_per_token,
-        "ratio": made.ratio,
-        "blocks": plan_rows(made),
-        "notes": list(made.origin.get("notes", ())),
-    }
-
-
-def _totals(made: PruningPlan) -> str:
-    return (
-        f"stored {made.stored_parameters:,} of {made.shape.parameters:,} parameters: ratio {made.ratio:.4f} "
-        f"({made.ratio:.2%}); at run time {made.runtime_parameters:,} parameters, {made.macs_per_token:,} MACs a token"
-    )
-
-
-def _show_plan(made: PruningPlan) -> None:
-    summary = _plan_summary(made)
-    _show_table(("block", "from", "what", "kv_heads", "channels", "parameters"), summary["blocks"])
-    for note in summary["notes"]:
-        typer.echo(f"note: {note}")
-    typer.echo(_totals(made))
-
-
-def _show_table(columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for column in columns:
-        numeric = bool(rows) and isinstance(rows[0].get(column), int | float)
-        table.add_column(column.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        cells = [row.get(c, "") for c in columns]
-        table.add_row(*(f"{c:,}" if isinstance(c, int) else str(c) for c in cells))
-    width = None if sys.stdout.isatty() else 200
-    Console(width=width, markup=False, highlight=False).print(table)
-
-
-def _show_list(described: Sequence[dict[str, Any]], refused: Sequence[dict[str, str]]) -> None:
-    rows = [{**d, "options": ", ".join(f"{k}={v}" for k, v in d["options"].items())} for d in described]
-    _show_table(("kind", "name", "paper", "distribution", "version", "options"), rows)
-    together: dict[tuple[str, str], list[str]] = {}
-    for pair in refused:
-        together.setdefault((pair["strategy"], pair["reason"]), []).append(pair["metric"])
-    for (strategy, reason), metrics in together.items():
-        typer.echo(f"incompatible: {', '.join(metrics)} x {strategy}: {reason}")
-    if not refused:
-        typer.echo("every metric works with every strategy")
-
-
-def _show_outcomes(outcomes: Sequence[Any], as_json: bool) -> None:
-    from dataclasses import asdict
-
-    measurements = [m for o in outcomes for m in o.measurements]
-    failures = [o.failure for o in outcomes if o.failure]
-    if as_json:
-        _print_json({"measurements": [asdict(m) for m in measurements], "failures": failures})
-    else:
-        for m in measurements:
-            error = f" ± {m.standard_error:.4f}" if m.standard_error is not None else ""
-            chance = f" (chance {m.chance:.4f})" if m.chance is not None else ""
-            typer.echo(f"{m.name}: {m.value:,.4f}{error}{chance}")
-        for failure in failures:
-            typer.echo(f"failed: {failure}", err=True)
-    if failures:
-        raise typer.Exit(1)
-
-
-def _show_reports(plugins: Plugins, folder: Path) -> None:
-    files = [folder / e.object.filename for e in plugins.entries("report").values()]
-    board = next((f for f in files if f.suffix == ".md"), None)
-    if board is not None:
-        typer.echo(board.read_text(encoding="utf-8"))
-    typer.echo("files: " + ", ".join(str(f) for f in files) + f", {folder / 'records'}/")
-
-
 def _write_text(path: Path, text: str) -> None:
     from flexi_plugins.store import replacing
 
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def _print_json(value: Any) -> None:
-    from flexi_plugins.store import to_text
-
-    typer.echo(to_text(value, indent=1))
 
 
 def main() -> None:

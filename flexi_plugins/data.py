@@ -288,7 +288,8 @@ class BlockRecipe:
     and output biases (default: the first part's block, or the mix). shares: source of a whole, unshared block of the
     same plan with whose linear maps this one runs; it keeps the norms and biases of its part, has adapters of ``rank``,
     and with ``output_norm`` normalises both sub-layers' outputs. gain: factor on the residual that enters it. own: tensors
-    ``ROLE.weight`` or ``ROLE.bias`` that are new, attached to the plan instead of read (a compensating bias, a merged map).
+    that are new, attached to the plan instead of read (a compensating bias, a merged or trained map): ``ROLE.weight``,
+    ``ROLE.bias``, or the name of a norm (see ``ModelShape.vectors``).
     """
 
     parts: tuple[Part, ...] = ()
@@ -319,12 +320,16 @@ class BlockRecipe:
         return self.parts[0].source if self.parts[0] == Part(self.parts[0].source) else None
 
 
+OUTER = ("embedding", "final_norm", "head")  # the tensors outside the blocks; a tied head is the embedding
+
+
 @dataclass(frozen=True)
 class PruningPlan:
     """A pruned model as data: which old parts each new block is made of. JSON in and out, hashable, valid once made.
 
-    tensors: names of attached tensors (``blocks.POSITION.ROLE.lora_a`` and so on) with the digest of their content.
-    origin: which metric, strategy and options made it; not part of its identity.
+    tensors: names of attached tensors (``blocks.POSITION.ROLE.lora_a`` and so on) with the digest of their content. own:
+    which of OUTER are new, attached as ``outer.NAME``. origin: which metric, strategy and options made it; not part of
+    its identity.
     """
 
     shape: ModelShape
@@ -332,6 +337,7 @@ class PruningPlan:
     embedding_gain: float = 1.0
     final_norm_gain: float = 1.0
     tensors: tuple[tuple[str, str], ...] = ()
+    own: tuple[str, ...] = ()
     origin: Mapping[str, Any] = field(default_factory=dict, compare=False, hash=False)
 
     def __post_init__(self) -> None:
@@ -341,9 +347,14 @@ class PruningPlan:
             _check_gain(f"plan: {name}", value)
         for position, recipe in enumerate(self.blocks):
             self._check_block(position, recipe)
+        known = OUTER[: 2 if self.shape.tied else 3]
+        if list(self.own) != sorted(set(self.own)) or not set(self.own) <= set(known):
+            raise FlexiError(f"plan: tensors of its own {self.own}, expected some of {sorted(known)}, sorted")
         for name, _ in self.tensors:
             prefix, _, rest = name.partition(".")
             position_text, _, role = rest.partition(".")
+            if prefix == "outer" and rest in self.own:
+                continue
             if prefix != "blocks" or not role or not position_text.isdigit() or int(position_text) >= len(self.blocks):
                 raise FlexiError(f"plan: attached tensor {name!r} belongs to no block; expected blocks.POSITION.NAME")
 
@@ -384,11 +395,12 @@ class PruningPlan:
             self.embedding_gain * step.embedding_gain,
             self.final_norm_gain * step.final_norm_gain,
             tuple(sorted((*kept, *step.tensors))),
+            tuple(sorted({*self.own, *step.own})),
             _merge_origins(self.origin, step.origin),
         )
 
     def _carried_tensors(self, step: PruningPlan) -> list[tuple[str, str]]:
-        kept = []
+        kept = [(n, d) for n, d in self.tensors if n.startswith("outer.") and n.removeprefix("outer.") not in step.own]
         for position, recipe in enumerate(step.blocks):
             for old in recipe.sources:
                 prefix = f"blocks.{old}."
@@ -400,7 +412,7 @@ class PruningPlan:
         inner = [self.blocks[s] for s in recipe.sources]
         norms = _combine((c, self.blocks[s].norm_weights) for s, c in recipe.norm_weights)
         gain = recipe.gain * carried * inner[0].gain
-        if replace(recipe, gain=1.0, own=()).whole is not None and not (recipe.own and inner[0].shares is not None):
+        if replace(recipe, gain=1.0, own=()).whole is not None:
             return replace(inner[0], gain=gain, own=tuple(sorted({*inner[0].own, *recipe.own})))
         remade = next((r for r in inner if r.own), None)
         if remade is not None:
@@ -442,7 +454,7 @@ class PruningPlan:
     @property
     def is_identity(self) -> bool:
         """Whether the model of this plan is the original."""
-        plain = self.embedding_gain == 1.0 and self.final_norm_gain == 1.0
+        plain = self.embedding_gain == 1.0 and self.final_norm_gain == 1.0 and not self.own
         return plain and [r.whole for r in self.blocks] == list(range(len(self.shape.blocks)))
 
     def block_shape(self, recipe: BlockRecipe) -> BlockShape:
@@ -534,11 +546,22 @@ class PruningPlan:
             return f"its blocks differ in width (KV heads, channels): {widths[0]} ... {widths[-1]}"
         return None
 
+    def donor(self, position: int) -> int | None:
+        """Return the position of the block with whose linear maps the one at a position runs; None if with its own."""
+        source = self.blocks[position].shares
+        if source is None:
+            return None
+        return next(p for p, recipe in enumerate(self.blocks) if _shared(recipe) == source)
+
     def key(self, position: int) -> tuple[BlockRecipe, tuple[tuple[str, str], ...]]:
-        """Return what makes the block at a position distinct: its recipe and the digests of its own tensors."""
+        """Return what makes the block at a position distinct: its recipe and the digests of its tensors, a donor's too."""
+        donor = self.donor(position)
+        found = self._digests(position, "") + (() if donor is None else self._digests(donor, "donor."))
+        return self.blocks[position], found
+
+    def _digests(self, position: int, owner: str) -> tuple[tuple[str, str], ...]:
         prefix = f"blocks.{position}."
-        own = tuple((n.removeprefix(prefix), d) for n, d in self.tensors if n.startswith(prefix))
-        return self.blocks[position], own
+        return tuple((owner + n.removeprefix(prefix), d) for n, d in self.tensors if n.startswith(prefix))
 
     @property
     def hash(self) -> str:
@@ -555,6 +578,7 @@ class PruningPlan:
             "embedding_gain": self.embedding_gain,
             "final_norm_gain": self.final_norm_gain,
             "tensors": dict(self.tensors),
+            **({"own": list(self.own)} if self.own else {}),
             "origin": dict(self.origin),
         }
 
@@ -569,6 +593,7 @@ class PruningPlan:
                 value.get("embedding_gain", 1.0),
                 value.get("final_norm_gain", 1.0),
                 tuple(sorted(value.get("tensors", {}).items())),
+                tuple(value.get("own", ())),
                 value.get("origin", {}),
             )
         except (KeyError, TypeError, AttributeError) as error:
@@ -615,17 +640,21 @@ class PruningPlan:
             raise FlexiError(f"{where}: expected {expected} for these KV heads, found {len(part.query_heads)}")
 
     def _check_own(self, where: str, recipe: BlockRecipe) -> None:
-        maps = self.shape.maps(self.block_shape(recipe))
+        block = self.block_shape(recipe)
+        roles, vectors = self.shape.maps(block), self.shape.vectors(block)
         for name in recipe.own:
             role, _, kind = name.partition(".")
-            if role not in maps or kind not in ("weight", "bias"):
+            if name not in vectors and (role not in roles or kind not in ("weight", "bias")):
+                norms = [n for n in vectors if "." not in n]
                 raise FlexiError(
-                    f"{where}: tensor of its own {name!r}, expected ROLE.weight or ROLE.bias, ROLE of {[*maps]}"
+                    f"{where}: tensor of its own {name!r}, expected ROLE.weight or ROLE.bias, ROLE of {[*roles]}, or {norms}"
                 )
         if list(recipe.own) != sorted(set(recipe.own)):
             raise FlexiError(f"{where}: tensors of its own must be sorted without repetition, found {recipe.own}")
-        if recipe.own and recipe.shares is not None:
-            raise FlexiError(f"{where}: a block that shares weights has adapters, and no tensors of its own")
+        if recipe.shares is not None and not set(recipe.own) <= set(vectors):
+            raise FlexiError(
+                f"{where}: a block that shares weights has adapters, and norms and biases of its own alone"
+            )
 
     def _check_sharing(self, where: str, recipe: BlockRecipe) -> None:
         if recipe.shares is None:
@@ -638,7 +667,7 @@ class PruningPlan:
             raise FlexiError(f"{where}: only a whole block can run with the weights of another")
         if self.shape.blocks[recipe.shares] != self.shape.blocks[recipe.sources[0]]:
             raise FlexiError(f"{where}: its donor, block {recipe.shares}, has another width")
-        if not any(r.whole == recipe.shares for r in self.blocks):
+        if not any(_shared(r) == recipe.shares for r in self.blocks):
             raise FlexiError(f"{where}: its donor, block {recipe.shares}, is not whole and unshared in this plan")
 
 
@@ -655,6 +684,11 @@ def _canonical(recipe: BlockRecipe) -> BlockRecipe:
     """Leave out norms that are the default, so that equal blocks have equal recipes."""
     short = replace(recipe, norms=())
     return short if short.norm_weights == recipe.norms else recipe
+
+
+def _shared(recipe: BlockRecipe) -> int | None:
+    """Return the old block whose linear maps, as they are or trained, others may run with; None if it is no donor."""
+    return replace(recipe, own=()).whole
 
 
 def _is_whole_part(recipe: BlockRecipe) -> bool:
@@ -783,9 +817,10 @@ class Cell:
     @property
     def label(self) -> str:
         """A short name for people and file names; not unique."""
+        trained = "" if self.recovery == "none" else f"-{self.recovery}"
         if self.strategy is None:
-            return f"dense-s{self.seed}"
-        return f"{self.metric}-{self.strategy}-{self.ratio:g}-s{self.seed}"
+            return f"dense{trained}-s{self.seed}"
+        return f"{self.metric}-{self.strategy}-{self.ratio:g}{trained}-s{self.seed}"
 
 
 Status = Literal["complete", "failed", "incompatible"]

@@ -134,8 +134,13 @@ class RecoveryMethod(Protocol):
     name: ClassVar[str]
     paper: ClassVar[str]
 
-    def recover(self, request: RecoveryRequest) -> torch.nn.Module:
-        """Return the recovered model; train a copy, since the request's model shares storage with the original."""
+    def recover(self, request: RecoveryRequest) -> Recovered:
+        """Return the recovered model; train copies, since the request's model shares storage with the original.
+
+        The model has the modules of the request's: adapters of its own are merged into the weights. What was not trained
+        is the same tensor as before, so that it is known to be equal. Raise a FlexiError for a plan whose model it has
+        nothing to train of.
+        """
 
 
 class Evaluator(Protocol):
@@ -175,7 +180,11 @@ class Statistic(Protocol):
 
 
 class Corpus(Protocol):
-    """A source of text. Its attributes may be class variables, fields or properties."""
+    """A source of text. Its attributes may be class variables, fields or properties.
+
+    A corpus of instructions may have an attribute ``response`` beside them: the text in each document behind which the
+    response begins; what is in front of it has no loss in training.
+    """
 
     @property
     def name(self) -> str:
@@ -204,7 +213,7 @@ class ReportFormat(Protocol):
     filename: ClassVar[str]
 
     def render(self, rows: Any, title: str) -> str:
-        """Render the rows (a pandas DataFrame, see ``store.rows``) as text."""
+        """Render the rows (a pandas DataFrame, see ``store.rows``) as text; empty: there is nothing to show, and no file."""
 
 
 # ------------------------------------------------------------------------------------- what they are given
@@ -356,14 +365,57 @@ class GradientTrace:
 
 
 @dataclass(frozen=True)
+class TrainingText:
+    """Text to train or to measure on, packed into windows of equal length.
+
+    ids: (windows, tokens) token ids. labels: the same with -100 where no loss is taken (prompts of instruction data).
+    """
+
+    ids: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
 class RecoveryRequest:
-    """What a recovery method is handed: a model in memory, the plan it came from, and text to train on."""
+    """What a recovery method is handed: a pruned model in memory, the plan it came from, and text to train on.
+
+    text: at least as many windows as ``tokens`` asks for, in the order in which they are to be seen; held_out: what to
+    measure the loss on during the training. tokens: the budget, the same for every method of a study: as many tokens of
+    ``text`` pass a trained module forward and backward. folder: for checkpoints of the training; where one lies there
+    that was made by the same call, training goes on from it. teacher(ids, blocks): for a batch of windows of ids (rows,
+    tokens) the original model's residual stream behind each of these blocks, (rows, tokens, hidden) in the compute dtype;
+    -1 is in front of the first block. progress(title, total): a context manager that yields ``advance(n)``; say(text).
+    device, dtype: where and in what to compute; weights are trained in float32 where dtype is lower.
+    """
 
     model: torch.nn.Module
     plan: PruningPlan
-    seed: int
+    text: TrainingText
+    held_out: TrainingText
     tokens: int
-    windows: Sequence[Tensor]
+    seed: int
+    folder: Path
+    teacher: Callable[[Tensor, Sequence[int]], Mapping[int, Tensor]]
+    progress: Callable[..., Any]
+    say: Callable[[str], None] = print
+    device: str = "cpu"
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What a recovery method gives back.
+
+    curve: points of the training in order, mappings with ``tokens`` and any of ``loss`` (mean over the tokens since the
+    last point, nats per token, of what the method minimises) and ``held_out_loss`` (next-token, nats per token). facts:
+    what is to stand in the record (trained parameters, bits, stored bytes of packed weights). notes: for people (that
+    training diverged and was stopped, for instance).
+    """
+
+    model: torch.nn.Module
+    curve: tuple[Mapping[str, float], ...] = ()
+    facts: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

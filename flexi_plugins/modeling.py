@@ -65,17 +65,16 @@ class BlockSpec:
     @classmethod
     def of_plan(cls, plan: PruningPlan) -> list[BlockSpec]:
         """Return the specification of every block of a plan's model."""
-        position = {r.whole: p for p, r in reversed(list(enumerate(plan.blocks))) if r.whole is not None}
         return [
             cls(
                 plan.block_shape(r),
-                None if r.shares is None else position[r.shares],
+                plan.donor(p),
                 r.rank,
                 r.output_norm,
                 r.gain,
                 plan.added_biases(r),
             )
-            for r in plan.blocks
+            for p, r in enumerate(plan.blocks)
         ]
 
     @classmethod

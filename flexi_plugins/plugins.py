@@ -33,7 +33,13 @@ BUILT_IN = (
     "flexi_plugins.strategies.least_squares_merge",
     "flexi_plugins.strategies.remove_blocks",
     "flexi_plugins.strategies.remove_units",
+    "flexi_plugins.strategies.extend",
     "flexi_plugins.recovery.none",
+    "flexi_plugins.recovery.lora",
+    "flexi_plugins.recovery.adapters",
+    "flexi_plugins.recovery.full",
+    "flexi_plugins.recovery.group_quant",
+    "flexi_plugins.recovery.distill",
     "flexi_plugins.evaluators.perplexity",
     "flexi_plugins.evaluators.tasks",
     "flexi_plugins.evaluators.efficiency",
@@ -41,6 +47,7 @@ BUILT_IN = (
     "flexi_plugins.corpora.hub",
     "flexi_plugins.reports.table",
     "flexi_plugins.reports.pareto",
+    "flexi_plugins.reports.curves",
 )
 
 KINDS = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,29 @@ from flexi_plugins.budget import check_reach
 from flexi_plugins.calibration import Calibrator
 from flexi_plugins.checkpoint import Checkpoint
 from flexi_plugins.corpora.files import find_corpus
+from flexi_plugins.corpora.training import training_text
 from flexi_plugins.corpora.windows import token_windows
-from flexi_plugins.data import ModelShape, PruningPlan, Scores, Statistics
+from flexi_plugins.data import ModelShape, PruningPlan, Scores, Statistics, digest
 from flexi_plugins.errors import FlexiError, unknown
 from flexi_plugins.execution.blocks import Blocks
-from flexi_plugins.execution.sweep import Planned
+from flexi_plugins.execution.readout import Batch
+from flexi_plugins.execution.sweep import Planned, Sweeper
 from flexi_plugins.generation import chrf
-from flexi_plugins.hookspecs import Budget, ImportanceMetric, PruningRequest, ReplacementStrategy, TensorRequest
+from flexi_plugins.hookspecs import (
+    Budget,
+    ImportanceMetric,
+    PruningRequest,
+    RecoveryMethod,
+    RecoveryRequest,
+    ReplacementStrategy,
+    TensorRequest,
+    TrainingText,
+)
 from flexi_plugins.machine import Machine
 from flexi_plugins.models import open_model
-from flexi_plugins.plugins import Plugins, check_compatible, options_of, own_knob
+from flexi_plugins.plugins import Plugins, check_compatible, options_json, options_of, own_knob
 from flexi_plugins.progress import Progress
+from flexi_plugins.recovered import planned_of
 from flexi_plugins.rewrite import PlanWeights, build_model, needed_tensors, with_digests, write_checkpoint
 
 MEASURES = ("loss", "turn", "chrf")  # what ``quality`` can be asked for
@@ -41,6 +53,16 @@ class Calibration:
     length: int = 256
     gradient_samples: int = 10
     gradient_length: int = 64
+
+
+@dataclass(frozen=True)
+class Training:
+    """The text that a model is trained on: windows of a corpus, and held-out ones that the loss is measured on meanwhile."""
+
+    corpus: str = "python-docs"
+    length: int = 256
+    tokens: int = 65_536
+    held_out: int = 16
 
 
 class Pruner:
@@ -72,6 +94,7 @@ class Pruner:
         self.data = Path(data) if data else None
         self.dtype = self.machine.dtype(dtype)
         self.progress = progress or Progress(quiet=True)
+        self._texts: dict[Training, tuple[TrainingText, TrainingText, str]] = {}
 
     @property
     def _original(self) -> Planned:
@@ -215,6 +238,79 @@ class Pruner:
                 raise FlexiError(f"strategy {strategy.name!r}: its tensor {name!r} is not finite (NaN or infinity)")
         attached = {**planned.attached, **made}
         return Planned(with_digests(plan, attached), attached)
+
+    # -- recovery
+
+    def training_texts(self, setting: Training) -> tuple[TrainingText, TrainingText, str]:
+        """Return what a model is trained on, what its loss is measured on meanwhile, and the digest of both."""
+        if setting in self._texts:
+            return self._texts[setting]
+        corpus = find_corpus(setting.corpus, {n: e.object for n, e in self.plugins.entries("corpus").items()})
+        count = max(1, -(-setting.tokens // setting.length))
+        parts = (("calibration", count, self.seed), ("held-out", setting.held_out, None))
+        (text, first), (held_out, second) = (
+            training_text(corpus, split, self.data, self.tokenizer, setting.length, windows, seed)
+            for split, windows, seed in parts
+        )
+        self._texts[setting] = text, held_out, digest([first, second])
+        return self._texts[setting]
+
+    def recover(
+        self, plan: PruningPlan | Planned, method: str | RecoveryMethod, setting: Training, folder: Path | str
+    ) -> Planned:
+        """Train a plan's model; return the plan of what came out, whose origin says what was done and its loss curve.
+
+        folder: for checkpoints of the training; where one lies there, of the same training, that is taken up.
+        """
+        planned = self.attach(plan) if isinstance(plan, PruningPlan) else plan
+        chosen = self._plugin("recovery", method)
+        text, held_out, found = self.training_texts(setting)
+        model = self.model(planned)
+        before = model.state_dict()
+        recovered = chosen.recover(
+            RecoveryRequest(
+                model=model,
+                plan=planned.plan,
+                text=text,
+                held_out=held_out,
+                tokens=setting.tokens,
+                seed=self.seed,
+                folder=Path(folder),
+                teacher=self.teacher,
+                progress=self.progress.stage,
+                say=self.progress.say,
+                device=str(self.machine.torch_device),
+                dtype=str(self.dtype).removeprefix("torch."),
+            )
+        )
+        trained = planned_of(recovered.model, planned, before, self.checkpoint)
+        said = {
+            "method": chosen.name,
+            "options": options_json(chosen),
+            "training": {**asdict(setting), "text": found[:16]},
+            "curve": [dict(point) for point in recovered.curve],
+            "facts": dict(recovered.facts),
+            "notes": list(recovered.notes),
+        }
+        return replace(trained, plan=replace(trained.plan, origin={**planned.plan.origin, "recovery": said}))
+
+    def teacher(self, ids: Tensor, blocks: Sequence[int]) -> dict[int, Tensor]:
+        """Return the original's residual stream (rows, tokens, hidden) behind some of its blocks; -1: in front of all."""
+        identity = self._original.plan
+        sweeper, found = Sweeper(self.blocks), {}
+        last = max(blocks)
+        if last >= 0:
+            shorter = Planned(replace(identity, blocks=identity.blocks[: last + 1]))
+            for _ in sweeper.sweep([shorter], [Batch(ids)], keep=True):
+                pass
+            sweeper.check_finite(identity)
+        numbers = sweeper.prefixes.of(identity)
+        for block in blocks:
+            found[block] = self.blocks.embed(ids) if block < 0 else sweeper.stored(0, numbers[block + 1]).clone()
+        sweeper.forget(lambda prefix: True)
+        return found
+
+    # -- models
 
     def model(self, plan: PruningPlan | Planned, dtype: str | None = None) -> nn.Module:
         """Return a plan's model in memory, a transformers model; unchanged weights are shared with the original."""

@@ -27,6 +27,9 @@ def write_reports(plugins: Plugins, records: Sequence[Record], folder: Path, tit
         except Exception as error:  # a plugin may fail in any way, and the other reports are written
             problems.append(f"report {name!r} from {entry.distribution} failed: {told(error)}")
             continue
+        if not text:
+            path.unlink(missing_ok=True)
+            continue
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
         files.append(path)

@@ -58,11 +58,13 @@ def _attached_name(name: str, family: Family) -> str:
     role, _, rest = name.partition(".")
     if role in family.ROLES:
         return f"{family.ROLES[role]}.{rest}"
+    if role in ("attention_norm", "mlp_norm") or role.startswith("head_norm_"):
+        return family.vector(name)
     if name in ("attention.output_norm", "mlp.output_norm"):
         return f"{family.attention if role == 'attention' else family.mlp}.output_norm.weight"
     raise FlexiError(
         f"plan: attached tensor {name!r} has no place in a block; expected ROLE.lora_a, ROLE.lora_b, *.output_norm, or "
-        "ROLE.weight and ROLE.bias of a block's own"
+        "ROLE.weight, ROLE.bias and norms of a block's own"
     )
 
 
@@ -167,7 +169,9 @@ class PlanWeights:
             return self.attached[f"blocks.{index}.{role}.weight"]
         if recipe.shares is None:
             return _weight(self.plan, recipe, role, self.checkpoint)
-        weight = self.checkpoint.block(recipe.shares)[role]
+        donor = self.plan.donor(index)
+        assert donor is not None
+        weight = self._map(donor, role)
         a, b = (self.attached.get(f"blocks.{index}.{role}.{x}") for x in ("lora_a", "lora_b"))
         return weight if a is None or b is None else weight + a @ b
 
@@ -202,7 +206,7 @@ def check_attached(plan: PruningPlan, attached: Tensors) -> None:
 
 def needed_tensors(plan: PruningPlan) -> list[str]:
     """Return the names of the new tensors that the plan's blocks run with: adapters, output norms, and those of their own."""
-    names = []
+    names = [f"outer.{name}" for name in plan.own]
     for position, recipe in enumerate(plan.blocks):
         block = plan.block_shape(recipe)
         names += [f"blocks.{position}.{name}" for name in recipe.own]
@@ -227,7 +231,12 @@ def state_dict(
     check_attached(plan, attached)
     first, final, *head = checkpoint.outer_names()
     total = plan.total_gain
-    yield first, _scaled(checkpoint.read(first), total if fold else 1.0)
+    own = {name: attached[f"outer.{name}"] for name in plan.own}
+
+    def outer(name: str, kind: str) -> Tensor:
+        return own[kind] if kind in own else checkpoint.read(name)
+
+    yield first, _scaled(outer(first, "embedding"), total if fold else 1.0)
     for position in range(len(plan.blocks)):
         to_come = math.prod(r.gain for r in plan.blocks[position + 1 :])
         prefix = checkpoint.family.block_prefix(position)
@@ -236,9 +245,9 @@ def state_dict(
         for name in tensors:
             yield prefix + name, _scaled(tensors[name], to_come if fold and name.startswith(outgoing) else 1.0)
     gain = plan.final_norm_gain / (total if checkpoint.shape.tied else 1.0)
-    yield final, _scaled(checkpoint.read(final), gain if fold else 1.0)
+    yield final, _scaled(outer(final, "final_norm"), gain if fold else 1.0)
     for name in head:
-        yield name, checkpoint.read(name)
+        yield name, outer(name, "head")
 
 
 def _scaled(tensor: Tensor, factor: float) -> Tensor:

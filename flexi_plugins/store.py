@@ -352,7 +352,14 @@ def _context(records: Sequence[Record]) -> dict[str, Any]:
         "commits": distinct(r.commit[:12] + (" with changes" if r.dirty else "") for r in records),
         "versions": {n: distinct(r.versions.get(n) for r in records) for n in names},
         "higher_is_better": {m.name: m.higher_is_better for r in records for m in r.measurements},
+        "curves": {_name(r.cell): curve for r in records if (curve := _curve(r))},
     }
+
+
+def _curve(record: Record) -> dict[str, Any] | None:
+    """Return the loss curve of a trained model: method and points; None if it was not trained."""
+    said = record.plan.origin.get("recovery") if record.plan else None
+    return {"method": said["method"], "points": said["curve"]} if said and said["curve"] else None
 
 
 # ----------------------------------------------------------------------------------------- provenance

@@ -7,47 +7,31 @@ in one sweep per evaluator; every cell's record is written as soon as it is whol
 from __future__ import annotations
 
 import datetime
-import json
 import math
 import resource
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from flexi_plugins.budget import check_reach
-from flexi_plugins.data import Cell, PluginVersion, PruningPlan, Record, Status, digest
+from flexi_plugins.data import Cell, PruningPlan, Record, Status, digest
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.evaluation import Measurer
 from flexi_plugins.execution.sweep import Planned
-from flexi_plugins.hookspecs import Budget, Candidate, ImportanceMetric, Outcome, ReplacementStrategy
+from flexi_plugins.grid import EVALUATION, Grid, Work, combinations, plan_key, recovered_key
+from flexi_plugins.hookspecs import Budget, Candidate, Outcome
 from flexi_plugins.machine import Machine
 from flexi_plugins.models import open_model
-from flexi_plugins.plugins import Entry, Plugins, incompatible, options_json, own_knob, told
+from flexi_plugins.plugins import Plugins, incompatible, options_json, told
 from flexi_plugins.progress import Progress
-from flexi_plugins.pruner import Calibration, Pruner, resident
+from flexi_plugins.pruner import Calibration, Pruner, Training, resident
 from flexi_plugins.report import write_reports
 from flexi_plugins.store import Journal, Store, commit, environment, write_traceback
 from flexi_plugins.studyfile import Measure, StudyFile
-
-EVALUATION = "evaluation "  # heads the groups of a cell's options that its plan does not depend on
-
-
-@dataclass
-class Work:
-    """One cell and what becomes of it while the study runs."""
-
-    cell: Cell
-    metric: ImportanceMetric | None
-    strategy: ReplacementStrategy | None
-    planned: Planned | None = None
-    failure: str = ""
-    outcomes: dict[str, Outcome] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    shared_with: dict[str, int] = field(default_factory=dict)
 
 
 class Study:
@@ -114,10 +98,15 @@ class Study:
 
         return {seed: pruner(seed) for seed in self.file.seeds}
 
+    @cached_property
+    def training(self) -> Training:
+        """The text of recoveries."""
+        return Training(**self.file.training.model_dump())
+
     def check_reach(self) -> None:
         """Raise one error with every ratio that a strategy cannot meet on this model."""
         problems = []
-        for _, strategy, ratio in self._combinations():
+        for _, strategy, ratio in combinations(self.file, self.plugins):
             try:
                 if ratio:
                     reach = strategy.object.reach(self.checkpoint.shape)
@@ -129,47 +118,9 @@ class Study:
         if problems:
             raise FlexiError("\n".join(dict.fromkeys(problems)))
 
-    def _combinations(self) -> Iterator[tuple[Entry, Entry, float]]:
-        """Yield every metric with its strategies and ratios; 0 where an option of the strategy takes the ratio's place."""
-        for metric, strategy, ratios in self.file.combinations:
-            chosen = self.plugins.entry("metric", metric.name, metric.options)
-            entry = self.plugins.entry("strategy", strategy.name, strategy.options)
-            for ratio in (0.0,) if own_knob(entry.object) else ratios:
-                yield chosen, entry, ratio
-
     def works(self) -> list[Work]:
         """Return the cells of the study, the dense model first."""
-        works = [self._dense()] if self.file.dense else []
-        combinations = list(self._combinations())
-        return works + [self._work(*combination, seed) for seed in self.file.seeds for combination in combinations]
-
-    def _dense(self) -> Work:
-        return Work(self._cell(None, None, 0.0, self.file.seeds[0]), None, None)
-
-    def _work(self, metric: Entry, strategy: Entry, ratio: float, seed: int) -> Work:
-        return Work(self._cell(metric, strategy, ratio, seed), metric.object, strategy.object)
-
-    def _cell(self, metric: Entry | None, strategy: Entry | None, ratio: float, seed: int) -> Cell:
-        pruner = self.pruners[seed]
-        options: dict[str, Any] = {"dtype": str(pruner.dtype), **self._evaluation}
-        used = [self.plugins.entry("evaluator", m.evaluator) for m in self.file.evaluation]
-        if metric and strategy:
-            options |= {"metric": options_json(metric.object), "strategy": options_json(strategy.object)}
-            options["calibration"] = self.file.calibration.model_dump()
-            used += [metric, strategy]
-            used += [self.plugins.entry("statistic", s) for s in sorted(metric.object.needs | strategy.object.needs)]
-        return Cell(
-            model=self.file.model,
-            fingerprint=self.checkpoint.fingerprint(),
-            corpus_hash=pruner.texts[2] if metric else "",
-            metric=metric.object.name if metric else None,
-            strategy=strategy.object.name if strategy else None,
-            ratio=ratio,
-            recovery="none",
-            seed=seed,
-            options=json.dumps(options, sort_keys=True),
-            plugins=tuple(sorted({e.provenance for e in used}, key=_provenance_order)),
-        )
+        return Grid(self.file, self.plugins, self.pruners.__getitem__, self._evaluation).works()
 
     @cached_property
     def _evaluation(self) -> dict[str, dict[str, Any]]:
@@ -196,16 +147,20 @@ class Study:
                 work.planned = Planned(PruningPlan.identity(self.checkpoint.shape))
         cells = [w for w in works if w.metric is not None and not self._declared_incompatible(w)]
         missing = [w for w in cells if not self._plan_from_store(w)]
-        if not missing:
-            return
-        pruner = self.pruners[missing[0].cell.seed]
-        self._calibrate(pruner, missing)
-        with self.progress.stage(f"planning {len(missing)} cells (seed {pruner.seed})", len(missing)) as advance:
-            for work in missing:
-                with self._caught(work), self._timed([work], "plan"):
-                    self._make_plan(pruner, work)
-                advance(1)
-        pruner.calibrator.forget([])
+        if missing:
+            pruner = self.pruners[missing[0].cell.seed]
+            self._calibrate(pruner, missing)
+            with self.progress.stage(f"planning {len(missing)} cells (seed {pruner.seed})", len(missing)) as advance:
+                made: dict[str, Planned] = {}
+                for work in missing:
+                    with self._caught(work), self._timed([work], "plan"):
+                        self._make_plan(pruner, work, made)
+                    advance(1)
+            pruner.calibrator.forget([])
+        for work in works:
+            if work.recovery is not None and work.planned is not None and not work.failure:
+                with self._caught(work), self._timed([work], "recovery"):
+                    self._recover(work)
 
     def _calibrate(self, pruner: Pruner, works: Sequence[Work]) -> None:
         """Take all statistics together; if that fails, every cell takes its own, and those that cannot fail alone."""
@@ -215,27 +170,39 @@ class Study:
             except Exception as error:  # a plugin may fail in any way
                 self.progress.say(f"taking the statistics together failed, so each cell takes its own: {told(error)}")
 
-    def _make_plan(self, pruner: Pruner, work: Work) -> None:
+    def _make_plan(self, pruner: Pruner, work: Work, made: dict[str, Planned]) -> None:
+        """Make the plan of a cell; cells that differ in their recovery have one."""
         assert work.metric is not None
         assert work.strategy is not None
-        work.planned = pruner.make(work.metric, work.strategy, work.cell.ratio)
-        self.store.write_plan(self._plan_key(work.cell), work.planned.plan, work.planned.attached)
+        key = plan_key(work.cell)
+        if key not in made:
+            made[key] = pruner.make(work.metric, work.strategy, work.cell.ratio)
+            self.store.write_plan(key, made[key].plan, made[key].attached)
+        work.planned = made[key]
 
     def _plan_from_store(self, work: Work) -> bool:
         """Take the plan that an earlier run made; not that of a cell that failed, since the plan may be the reason."""
         record = self.store.get(work.cell)
         if record is not None and record.status == "failed":
             return False
-        stored = self.store.read_plan(self._plan_key(work.cell))
+        stored = self.store.read_plan(plan_key(work.cell))
         if stored is not None:
             work.planned = Planned(*stored)
         return stored is not None
 
-    def _plan_key(self, cell: Cell) -> str:
-        """Digest of what the plan depends on: all of the cell but its evaluation."""
-        options = {k: v for k, v in json.loads(cell.options).items() if not k.startswith(EVALUATION)}
-        plugins = tuple(p for p in cell.plugins if p.kind != "evaluator")
-        return replace(cell, options=json.dumps(options, sort_keys=True), plugins=plugins).hash
+    def _recover(self, work: Work) -> None:
+        """Train the model of a plan, or take what an earlier run trained; a run that was killed goes on where it was."""
+        assert work.planned is not None
+        assert work.recovery is not None
+        key = recovered_key(work.cell)
+        stored = self.store.read_plan(key)
+        if stored is None:
+            pruner, folder = self.pruners[work.cell.seed], self.folder / "training" / key[:12]
+            work.planned = pruner.recover(work.planned, work.recovery, self.training, folder)
+            self.store.write_plan(key, work.planned.plan, work.planned.attached)
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            work.planned = Planned(*stored)
 
     def _declared_incompatible(self, work: Work) -> bool:
         assert work.metric is not None
@@ -337,7 +304,3 @@ def _candidate(work: Work) -> Candidate:
 def _failure(outcome: Outcome) -> str | None:
     unfit = [m.name for m in outcome.measurements if not math.isfinite(m.value)]
     return outcome.failure or (f"{', '.join(unfit)}: not a finite number" if unfit else None)
-
-
-def _provenance_order(version: PluginVersion) -> tuple[str, str]:
-    return version.kind, version.name

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from flexi_plugins.corpora.files import find_corpus
 from flexi_plugins.errors import FlexiError, unknown
 from flexi_plugins.families.known import check_name
-from flexi_plugins.plugins import Plugins
+from flexi_plugins.plugins import Plugins, own_knob
 
 
 class Strict(BaseModel):
@@ -60,6 +60,15 @@ class CalibrationTable(Strict):
     gradient_length: int = Field(64, ge=2)
 
 
+class TrainingTable(Strict):
+    """The text that models are trained on, and how many tokens of it; the same for every recovery of a study."""
+
+    corpus: str = "python-docs"
+    length: int = Field(256, ge=2)
+    tokens: int = Field(65_536, ge=1)
+    held_out: int = Field(16, ge=1)  # windows that the loss is measured on meanwhile
+
+
 Combination = tuple[Method, Method, tuple[float, ...]]
 
 
@@ -84,13 +93,15 @@ class StudyFile(Strict):
     metrics: tuple[Method, ...] = ()
     strategies: tuple[Method, ...] = ()
     pairs: tuple[Pair, ...] = ()
-    ratios: tuple[float, ...] = Field(min_length=1)
+    ratios: tuple[float, ...] = ()  # none where an option of every strategy takes the place of the ratio
     evaluation: tuple[Measure, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field((0,), min_length=1)
-    recovery: tuple[str, ...] = ("none",)
+    recovery: tuple[Method, ...] = (Method(name="none"),)
     dense: bool = True
+    dense_recovery: bool = False  # train the dense model as well, by every recovery
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     calibration: CalibrationTable = Field(default_factory=lambda: CalibrationTable.model_validate({}))
+    training: TrainingTable = Field(default_factory=lambda: TrainingTable.model_validate({}))
 
     @field_validator("name")
     @classmethod
@@ -113,7 +124,7 @@ class StudyFile(Strict):
         pairs = [(p.metric, p.strategy, p.ratios or _ratios_of(p.metric, p.strategy, self.ratios)) for p in self.pairs]
         return crossed + pairs
 
-    @field_validator("metrics", "strategies", mode="before")
+    @field_validator("metrics", "strategies", "recovery", mode="before")
     @classmethod
     def _names_are_methods(cls, value: Any) -> Any:
         if isinstance(value, list):
@@ -155,6 +166,14 @@ def read_study(path: Path | str, plugins: Plugins) -> StudyFile:
     return StudyFile(**values)
 
 
+TABLES: dict[str, type[BaseModel]] = {
+    "": StudyFile,
+    "calibration": CalibrationTable,
+    "training": TrainingTable,
+    "pairs": Pair,
+}
+
+
 def _form_problems(values: dict[str, Any]) -> Iterator[str]:
     try:
         StudyFile(**values)
@@ -163,7 +182,7 @@ def _form_problems(values: dict[str, Any]) -> Iterator[str]:
             if item["type"] == "extra_forbidden":
                 *tables, key = item["loc"]
                 place = ".".join(map(str, tables))
-                table = Pair if tables[:1] == ["pairs"] else CalibrationTable if tables else StudyFile
+                table = TABLES[str(tables[0]) if tables else ""]
                 yield f"{place}: " * bool(place) + unknown("key", str(key), table.model_fields)
             else:
                 place = ".".join(map(str, item["loc"]))
@@ -201,12 +220,13 @@ def _name_problems(study: StudyFile, plugins: Plugins) -> Iterator[str]:
     for measure in study.evaluation:
         yield from measure_problems(measure, plugins)
     for recovery in study.recovery:
-        yield from _caught(plugins.get, "recovery", recovery)
-        if recovery != "none" and recovery in plugins.entries("recovery"):
-            yield f"recovery {recovery!r}: studies run recovery 'none' only"
-    yield from _corpus_problems(study.calibration.corpus, plugins)
-    yield from _ratio_problems(study)
-    for key in ("metrics", "strategies", "pairs", "evaluation", "ratios", "seeds"):
+        yield from _caught(plugins.get, "recovery", recovery.name, recovery.options)
+        if recovery.ratios is not None:
+            yield f"recovery {recovery.name!r}: ratios belong to metrics and strategies"
+    for corpus in (study.calibration.corpus, study.training.corpus):
+        yield from _corpus_problems(corpus, plugins)
+    yield from _ratio_problems(study, plugins)
+    for key in ("metrics", "strategies", "pairs", "recovery", "evaluation", "ratios", "seeds"):
         listed = getattr(study, key)
         for item in [i for n, i in enumerate(listed) if i in listed[:n]]:
             pair = f"{item.metric.name} with {item.strategy.name}" if isinstance(item, Pair) else item
@@ -226,7 +246,14 @@ def _method_problems(kind: str, method: Method, plugins: Plugins) -> Iterator[st
         yield f"{kind} {method.name!r}: it needs an {unknown('statistic', name, known)}"
 
 
-def _ratio_problems(study: StudyFile) -> Iterator[str]:
+def _ratio_problems(study: StudyFile, plugins: Plugins) -> Iterator[str]:
+    for metric, strategy, ratios in study.combinations:
+        try:
+            replacement = plugins.get("strategy", strategy.name, strategy.options)
+        except FlexiError:
+            continue  # said already
+        if not ratios and not own_knob(replacement) and metric.ratios is None:
+            yield f"ratios: strategy {strategy.name!r} has none; give the study or the strategy ratios"
     limited: list[Method | Pair] = [*study.metrics, *study.strategies, *study.pairs]
     for ratio in sorted({*study.ratios, *(r for m in limited for r in m.ratios or ())}):
         if not 0 < ratio < 1:

@@ -19,9 +19,9 @@ LAYERS: list[tuple[str, set[str]]] = [
     ("engine", {"execution", "calibration"}),
     ("built-in plugins", {"families", "metrics", "strategies", "recovery", "corpora", "evaluators", "reports"}),
     ("catalogue, results, models by name", {"plugins", "store", "models"}),
-    ("harness", {"generation", "pruner", "studyfile", "evaluation", "report", "study"}),
+    ("harness", {"generation", "recovered", "pruner", "studyfile", "grid", "evaluation", "report", "study"}),
     ("conformance kit, other harnesses", {"testing", "integrations"}),
-    ("command line", {"cli"}),
+    ("command line", {"show", "cli"}),
 ]
 UPWARD = {("_auto", "modeling")}  # transformers' Auto classes load our model class when they are loaded themselves
 PUBLIC = {"", "data", "hookspecs", "budget", "errors", "numerics", "testing"}  # what a third party may import
@@ -31,6 +31,7 @@ LIGHT = {
     "",
     "_auto",
     "cli",
+    "show",
     "data",
     "hookspecs",
     "errors",

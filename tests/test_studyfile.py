@@ -48,7 +48,7 @@ strategies = ["remove-block", { name = "remove-units", mode = "globl" }, { name 
 ratios = [0.2, 1.5, "x"]
 seds = [1]
 seeds = []
-recovery = ["lora"]
+recovery = ["lorra"]
 dtype = "float64"
 [calibration]
 corpus = "wikitxt2"
@@ -79,7 +79,7 @@ PROBLEMS = [
     "ratios.2: input should be a valid number",
     "unknown key 'seds': did you mean 'seeds'?",
     "seeds: list should have at least 1 item, not 0, found []",
-    "unknown recovery 'lora'",
+    "unknown recovery 'lorra'",
     "dtype: input should be 'auto', 'float32', 'bfloat16' or 'float16', found 'float64'",
     "unknown corpus 'wikitxt2': did you mean 'wikitext2'?",
     "calibration: unknown key 'windws': did you mean 'windows'?",

@@ -18,6 +18,7 @@ from flexi_plugins.hookspecs import hookimpl
 
 SECONDS = 3  # to wait for the hub's first answer
 FILES = {"calibration": "valid", "held-out": "test"}
+RESPONSE = "### Response:\n"
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Rows:
 class HubCorpus:
     """A data set of the hub, or the text files DATA/text/NAME-valid.txt and NAME-test.txt in its place.
 
-    ``document`` makes the text of a row, ``split_file`` the documents of a local file.
+    ``document`` makes the text of a row, ``split_file`` the documents of a local file. response: of instruction data, the
+    text in a document behind which its response begins.
     """
 
     name: str
@@ -49,6 +51,7 @@ class HubCorpus:
     local_version: str = "as the user provides them"
     revision: str | None = None
     streaming: bool = False
+    response: str | None = None
 
     @property
     def provenance(self) -> str:
@@ -135,8 +138,14 @@ def instruction_of(row: Mapping[str, Any]) -> str:
     given = f"\n\n### Input:\n{row['input']}" if row["input"] else ""
     return (
         f"Below is an instruction that describes a task{more}. Write a response that appropriately completes the "
-        f"request.\n\n### Instruction:\n{row['instruction']}{given}\n\n### Response:\n{row['output']}"
+        f"request.\n\n### Instruction:\n{row['instruction']}{given}\n\n{RESPONSE}{row['output']}"
     )
+
+
+def documents(text: str) -> list[str]:
+    """Return the instructions of a file in Alpaca's template, each of which begins like the first."""
+    first = text.partition("\n")[0].split(",")[0].split(".")[0]  # both forms of the template have this beginning
+    return [first + part.rstrip("\n") for part in text.split(first)[1:]]
 
 
 def wikitext_rows(text: str) -> list[str]:
@@ -204,7 +213,8 @@ ALPACA = HubCorpus(
     calibration=Rows("train", start=2_000),
     held_out=Rows("train", stop=2_000),
     document=instruction_of,
-    split_file=paragraphs,
+    split_file=documents,
+    response=RESPONSE,
 )
 
 

@@ -42,14 +42,14 @@ def backward_sweep(
 
     def behind(position: int) -> Tensor:
         if position < 0:
-            return blocks.embed(samples, plan.embedding_gain)
+            return blocks.embed(samples, plan, planned.attached)
         stored = [sweeper.stored(b, numbers[position + 1])[:, :length] for b in range(len(batches))]
         return torch.cat(stored)[:count]
 
     layout = lay_out(blocks, [plan], build_trie([plan], sweeper.prefixes), [samples.shape], False, True, training=True)
     blocks.states.limit_to(layout.state_bytes)
     arguments = blocks.arguments(behind(-1))
-    losses, gradient = _loss(blocks, plan.final_norm_gain, behind(len(plan.blocks) - 1), samples)
+    losses, gradient = _loss(blocks, planned, behind(len(plan.blocks) - 1), samples)
     order = list(reversed(range(len(plan.blocks))))
     for visit in blocks.stream([blocks.needs(plan, p) for p in order], layout.weight_bytes):
         position = order[visit]
@@ -60,12 +60,12 @@ def backward_sweep(
     return losses
 
 
-def _loss(blocks: Blocks, gain: float, hidden: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
+def _loss(blocks: Blocks, planned: Planned, hidden: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
     """Return the samples' mean losses and the gradient of their sum, sample by sample: logits are large."""
     states = hidden.detach().requires_grad_()
     losses = []
     for row, ids in zip(states, samples.to(states.device), strict=True):
-        loss = F.cross_entropy(blocks.logits(row[:-1], gain).float(), ids[1:])
+        loss = F.cross_entropy(blocks.logits(row[:-1], planned.plan, planned.attached).float(), ids[1:])
         loss.backward()
         losses.append(loss.detach())
     assert states.grad is not None

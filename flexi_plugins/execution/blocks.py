@@ -12,14 +12,17 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import MODEL_MAPPING
 
 from flexi_plugins.checkpoint import Checkpoint
-from flexi_plugins.data import PruningPlan
+from flexi_plugins.data import OUTER, PruningPlan
 from flexi_plugins.execution.schedule import Step, plan_reads
 from flexi_plugins.execution.states import States
 from flexi_plugins.modeling import BlockSpec, build_block
 from flexi_plugins.rewrite import Tensors, block_tensors, check_attached
+
+NOTHING: Tensors = {}
 
 
 class _Recorder(nn.Module):
@@ -69,10 +72,9 @@ class Blocks:
         self._like = {n: torch.empty(s, device="meta") for n, s in checkpoint.tensor_names().items()}
         outer = [checkpoint.read(n) for n in checkpoint.outer_names()]
         self._converted = outer[0].dtype != dtype  # blocks are then copies of what was read
-        embedding, final, *head = (t.to(self.device, dtype) for t in outer)
-        self.embedding, self.head = embedding, head[0] if head else embedding
-        norm.load_state_dict({"weight": final}, assign=True)
-        self.final_norm = norm.requires_grad_(False)
+        self._norm = norm.requires_grad_(False)
+        self._outer = dict(zip(OUTER, (t.to(self.device, dtype) for t in outer), strict=False))
+        self._outers: dict[Any, dict[str, Tensor]] = {}  # of plans that have their own, as they are computed with
         self._held: dict[str, Tensor] = {}
         self._names: dict[Any, tuple[str, ...]] = {}
         self._built: dict[Any, nn.Module] = {}
@@ -94,7 +96,7 @@ class Blocks:
     @property
     def outer_bytes(self) -> int:
         """Bytes of the embedding, the final norm and the head."""
-        return sum(t.nbytes for t in ({self.embedding, self.head} | set(self.final_norm.parameters())))
+        return sum(t.nbytes for t in self._outer.values())
 
     # -- reading
 
@@ -109,7 +111,8 @@ class Blocks:
                 asked[name] = None
                 return self._like[name]
 
-            block_tensors(plan, position, self._reading(note), {})
+            own = {f"blocks.{position}.{name}": torch.empty(0) for name in plan.blocks[position].own}  # not read
+            block_tensors(plan, position, self._reading(note), own)
             self._names[key] = tuple(asked)
         return self._names[key]
 
@@ -214,10 +217,20 @@ class Blocks:
 
     # -- running
 
-    def embed(self, ids: Tensor, gain: float = 1.0) -> Tensor:
-        """Return the residual stream (sequences, tokens, hidden) that enters the first block."""
-        hidden = nn.functional.embedding(ids.to(self.device), self.embedding)
-        return hidden * gain if gain != 1.0 else hidden
+    def outer(self, plan: PruningPlan | None, attached: Tensors) -> Mapping[str, Tensor]:
+        """Return the embedding, the final norm and (unless tied) the head of a plan's model; None: the original's."""
+        if plan is None or not plan.own:
+            return self._outer
+        key = tuple((n, d) for n, d in plan.tensors if n.startswith("outer."))
+        if key not in self._outers:
+            own = {name: attached[f"outer.{name}"].to(self.device, self.dtype) for name in plan.own}
+            self._outers[key] = {**self._outer, **own}
+        return self._outers[key]
+
+    def embed(self, ids: Tensor, plan: PruningPlan | None = None, attached: Tensors = NOTHING) -> Tensor:
+        """Return the residual stream (sequences, tokens, hidden) that enters the first block of a plan's model."""
+        hidden = nn.functional.embedding(ids.to(self.device), self.outer(plan, attached)["embedding"])
+        return hidden if plan is None or plan.embedding_gain == 1.0 else hidden * plan.embedding_gain
 
     def arguments(
         self, hidden: Tensor, positions: Tensor | None = None, visible: Tensor | None = None
@@ -255,11 +268,10 @@ class Blocks:
         kind = plan.block_shape(plan.blocks[position]).attention_type
         return self.block(plan, position, attached)(hidden, **arguments[kind])
 
-    def normed(self, hidden: Tensor, gain: float = 1.0) -> Tensor:
-        """Return what the head is applied to, from final residual states (..., hidden)."""
-        normed = self.final_norm(hidden)
-        return normed * gain if gain != 1.0 else normed
-
-    def logits(self, hidden: Tensor, gain: float = 1.0) -> Tensor:
-        """Return logits (..., vocabulary) of final residual states (..., hidden), in the compute dtype."""
-        return nn.functional.linear(self.normed(hidden, gain), self.head)
+    def logits(self, hidden: Tensor, plan: PruningPlan | None = None, attached: Tensors = NOTHING) -> Tensor:
+        """Return logits (..., vocabulary) of a plan's final residual states (..., hidden), in the compute dtype."""
+        outer = self.outer(plan, attached)
+        normed = functional_call(self._norm, {"weight": outer["final_norm"]}, (hidden,))
+        if plan is not None and plan.final_norm_gain != 1.0:
+            normed = normed * plan.final_norm_gain
+        return nn.functional.linear(normed, outer.get("head", outer["embedding"]))

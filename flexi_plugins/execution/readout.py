@@ -9,7 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from flexi_plugins.execution.blocks import Blocks
+from flexi_plugins.data import PruningPlan
+from flexi_plugins.execution.blocks import NOTHING, Blocks
+from flexi_plugins.rewrite import Tensors
 
 HEAD_ROWS = 128  # positions per application of the head: 128 x 49,152 logits stay in the cache
 SMALLEST = -80.0  # exp of less is no normal number, which would make it many times slower, and adds nothing
@@ -49,10 +51,12 @@ class Batch:
         return distinct[:, 0], distinct[:, 1], inverse, table[:, 2]
 
 
-def read_out(blocks: Blocks, batch: Batch, states: Tensor, gain: float) -> list[Answer]:
+def read_out(
+    blocks: Blocks, batch: Batch, states: Tensor, plan: PruningPlan | None = None, attached: Tensors = NOTHING
+) -> list[Answer]:
     """Return for every read the summed log-probability of its targets, and whether each is the most probable token.
 
-    states: (rows, tokens, hidden), the residual stream behind the last block; gain: factor on the final norm.
+    states: (rows, tokens, hidden), the residual stream behind the last block of a plan's model (None: the original's).
     """
     if not batch.reads:
         return []
@@ -60,7 +64,7 @@ def read_out(blocks: Blocks, batch: Batch, states: Tensor, gain: float) -> list[
     chosen = states[rows.to(states.device), columns.to(states.device)]
     scores, greedy = torch.empty(len(place)), torch.empty(len(place), dtype=torch.bool)
     for start in range(0, len(chosen), HEAD_ROWS):
-        logits = blocks.logits(chosen[start : start + HEAD_ROWS], gain)
+        logits = blocks.logits(chosen[start : start + HEAD_ROWS], plan, attached)
         inside = (place >= start) & (place < start + HEAD_ROWS)
         found = _scored(logits, (place[inside] - start).to(logits.device), targets[inside].to(logits.device))
         scores[inside], greedy[inside] = (x.cpu() for x in found)

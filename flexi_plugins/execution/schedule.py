@@ -22,7 +22,8 @@ class Prefixes:
 
     def of(self, plan: PruningPlan) -> list[int]:
         """Return the number before every block of a plan, and after the last."""
-        numbers = [self.number(0, plan.embedding_gain)]
+        embedding = dict(plan.tensors).get("outer.embedding") if plan.own else None
+        numbers = [self.number(0, (plan.embedding_gain, embedding))]
         for position in range(len(plan.blocks)):
             numbers.append(self.number(numbers[-1], plan.key(position)))
         return numbers

@@ -235,7 +235,8 @@ class _Group:
 
     def _entering(self, node: Node, number: int, batch: Batch) -> Tensor:
         if node.parent is None:
-            return self.blocks.embed(batch.ids, self.planned[node.owner].plan.embedding_gain)
+            owner = self.planned[node.owner]
+            return self.blocks.embed(batch.ids, owner.plan, owner.attached)
         place = number, node.before
         states = self.sweeper.stored(*place)
         self._waiting[place] -= 1
@@ -247,4 +248,4 @@ class _Group:
         if states is None:
             return [(float("nan"), False)] * len(batch.reads)
         with self.blocks.timed("head"):
-            return read_out(self.blocks, batch, states, self.planned[index].plan.final_norm_gain)
+            return read_out(self.blocks, batch, states, self.planned[index].plan, self.planned[index].attached)

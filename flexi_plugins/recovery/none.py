@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from flexi_plugins.hookspecs import RecoveryMethod, RecoveryRequest, hookimpl
-
-if TYPE_CHECKING:
-    import torch
+from flexi_plugins.hookspecs import Recovered, RecoveryMethod, RecoveryRequest, hookimpl
 
 
 @dataclass(frozen=True)
@@ -18,9 +15,9 @@ class NoRecovery:
     name: ClassVar[str] = "none"
     paper: ClassVar[str] = ""
 
-    def recover(self, request: RecoveryRequest) -> torch.nn.Module:
+    def recover(self, request: RecoveryRequest) -> Recovered:
         """Return the model unchanged."""
-        return request.model
+        return Recovered(request.model)
 
 
 @hookimpl

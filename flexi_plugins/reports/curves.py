@@ -1,0 +1,70 @@
+"""Report format ``curves``: how the loss fell while models were trained, as an SVG; nothing where none was."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from flexi_plugins import hookimpl
+from flexi_plugins.hookspecs import ReportFormat
+from flexi_plugins.reports.pareto import COLOURS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Curve = Sequence[Mapping[str, float]]
+KINDS = (("held_out_loss", "held-out loss (nats a token)"), ("loss", "training loss (of each method's own kind)"))
+
+
+@hookimpl
+def report_formats() -> list[ReportFormat]:
+    """Return the format of this file."""
+    return [Curves()]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Held-out and training loss against tokens, a line a cell, a colour a recovery method."""
+
+    name: ClassVar[str] = "curves"
+    filename: ClassVar[str] = "curves.svg"
+    excused: ClassVar[dict[str, str]] = {
+        "renders-every-study": "a study that trains nothing has no curve",
+        "shows-every-method": "only what was trained has a curve",
+    }
+
+    def render(self, rows: pd.DataFrame, title: str) -> str:
+        """Render the curves in ``rows.attrs`` (label -> method and points) as SVG text; empty without any."""
+        import matplotlib
+
+        curves = rows.attrs.get("curves", {})
+        if not curves:
+            return ""
+        with matplotlib.rc_context({"svg.hashsalt": "flexi_plugins"}):
+            text = io.StringIO()
+            _figure(curves, title).savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+        return text.getvalue()
+
+
+def _figure(curves: Mapping[str, Mapping[str, Any]], title: str) -> Any:
+    from matplotlib.figure import Figure
+
+    methods = sorted({curve["method"] for curve in curves.values()})
+    colours = {method: COLOURS[i % len(COLOURS)] for i, method in enumerate(methods)}
+    figure = Figure(figsize=(8.5, 7.0), layout="constrained")
+    figure.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold")
+    for axes, (kind, label) in zip(figure.subplots(len(KINDS), sharex=True), KINDS, strict=True):
+        axes.set_ylabel(label)
+        axes.grid(color="#e6e6e6", linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+        for curve in curves.values():
+            points = [(p["tokens"], p[kind]) for p in curve["points"] if kind in p]
+            if points:
+                axes.plot(*zip(*points, strict=True), color=colours[curve["method"]], linewidth=1.1)
+    axes.set_xlabel("tokens")
+    for method, colour in colours.items():
+        axes.plot([], [], color=colour, label=method)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    return figure

@@ -1,0 +1,248 @@
+"""Recovered models as plans: what was trained is the plan's own, what was not is still known to be equal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from tiny import attached_for, change, close, logits, opened, sharing, tiny, tokens
+from torch import nn
+
+from flexi_plugins import hookimpl
+from flexi_plugins.corpora.training import IGNORED, training_text
+from flexi_plugins.data import BlockRecipe, Part, PruningPlan
+from flexi_plugins.errors import FlexiError
+from flexi_plugins.execution.schedule import count_blocks
+from flexi_plugins.execution.sweep import Planned
+from flexi_plugins.hookspecs import Recovered, RecoveryMethod, RecoveryRequest
+from flexi_plugins.plugins import Plugins
+from flexi_plugins.recovered import planned_of
+from flexi_plugins.rewrite import build_model, write_checkpoint
+from flexi_plugins.testing.bench import TinyPruner
+from flexi_plugins.testing.models import tiny_checkpoint, tiny_tokenizer
+
+IDS = tokens(3, 10)
+KINDS = ("llama", "llama-tied", "llama-biases", "qwen2", "qwen3", "qwen3-biases")
+
+
+def nudged(model: nn.Module, chosen: Callable[[str], bool]) -> nn.Module:
+    """Replace the chosen parameters by others, as training does."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in list(model.named_parameters()):
+        if chosen(name):
+            parent, _, last = name.rpartition(".")
+            new = parameter + 0.05 * torch.randn(parameter.shape, generator=generator)
+            setattr(model.get_submodule(parent), last, nn.Parameter(new, requires_grad=False))
+    model.tie_weights()
+    return model
+
+
+def cut(shape: Any) -> PruningPlan:
+    blocks = (
+        BlockRecipe(parts=(Part(0),)),
+        BlockRecipe(parts=(Part(2, (0, 1), tuple(range(8))),)),
+        BlockRecipe(parts=(Part(4),)),
+    )
+    return PruningPlan(shape, blocks)
+
+
+def trained(
+    model: nn.Module, plan: PruningPlan, attached: Any, chosen: Callable[[str], bool]
+) -> tuple[nn.Module, Planned]:
+    checkpoint = opened(model)
+    pruned = build_model(plan, checkpoint, attached)
+    before = pruned.state_dict()
+    after = nudged(pruned, chosen)
+    return after, planned_of(after, Planned(plan, attached), before, checkpoint)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("which", ["all", "maps", "norms", "last", "outer"])
+def test_the_plan_of_a_trained_model_is_that_model(kind, which, tmp_path):
+    """Built in memory, written and loaded by transformers, and run by the engine."""
+    from transformers import AutoModelForCausalLM
+
+    chosen = {
+        "all": lambda name: True,
+        "maps": lambda name: "proj" in name,
+        "norms": lambda name: "norm" in name,
+        "last": lambda name: ".layers.2." in name,
+        "outer": lambda name: ".layers." not in name,
+    }[which]
+    model = tiny(kind)
+    checkpoint = opened(model)
+    after, planned = trained(model, cut(checkpoint.shape), {}, chosen)
+    assert torch.equal(logits(build_model(planned.plan, checkpoint, planned.attached), IDS), logits(after, IDS))
+    write_checkpoint(planned.plan, checkpoint, planned.attached, tmp_path / "x")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "x").eval(), IDS), logits(after, IDS))
+    assert PruningPlan.from_json(planned.plan.to_json()) == planned.plan
+    own = TinyPruner(checkpoint, Plugins.load())
+    own.__dict__["texts"] = (IDS, IDS, "ids")
+    expected = float(after(input_ids=IDS, labels=IDS).loss)
+    assert own.calibrator.losses([planned])[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_blocks_that_were_not_trained_are_still_shared_with_other_plans():
+    model = tiny()
+    plan = cut(opened(model).shape)
+    _, planned = trained(model, plan, {}, lambda name: ".layers.2." in name)
+    assert planned.plan.blocks[:2] == plan.blocks[:2]
+    assert count_blocks([plan, planned.plan]) == (4, 6)
+    _, other = trained(model, plan, {}, lambda name: "embed" in name)
+    assert count_blocks([plan, other.plan]) == (6, 6)
+
+
+def test_a_trained_donor_changes_the_blocks_that_run_with_its_weights():
+    """Adapters, output norms and own norms are trained too; the sharing block is another block for the engine."""
+    model = tiny()
+    checkpoint = opened(model)
+    plan, attached = attached_for(sharing(checkpoint.shape, {3: 1}))
+    after, planned = trained(model, plan, attached, lambda name: ".layers.1." in name or ".layers.3." in name)
+    assert planned.plan.blocks[3].shares == 1
+    assert planned.plan.donor(3) == 1
+    assert planned.plan.stored_parameters == plan.stored_parameters
+    built = build_model(planned.plan, checkpoint, planned.attached)
+    assert torch.equal(logits(built, IDS), logits(after, IDS))
+    _, donor_alone = trained(model, plan, attached, lambda name: ".layers.1." in name)
+    assert donor_alone.plan.key(3) != plan.key(3)
+
+
+def test_a_model_with_other_modules_is_no_recovered_model():
+    model = tiny()
+    checkpoint = opened(model)
+    pruned = build_model(cut(checkpoint.shape), checkpoint)
+    before = pruned.state_dict()
+    pruned.model.layers[0].mlp.extra = nn.Linear(2, 2)
+    with pytest.raises(FlexiError, match=r"extra.bias' is in the recovered model alone; .*merge adapters"):
+        planned_of(pruned, Planned(cut(checkpoint.shape)), before, checkpoint)
+
+
+def test_trained_tensors_must_be_finite():
+    model = tiny()
+    checkpoint = opened(model)
+    pruned = build_model(cut(checkpoint.shape), checkpoint)
+    before = pruned.state_dict()
+    pruned.model.layers[0].input_layernorm.weight = nn.Parameter(torch.full((32,), torch.nan), requires_grad=False)
+    with pytest.raises(FlexiError, match=r"trained tensor 'blocks.0.attention_norm' is not finite"):
+        planned_of(pruned, Planned(cut(checkpoint.shape)), before, checkpoint)
+
+
+def test_own_outer_tensors_compose_and_name_the_head_only_where_there_is_one():
+    tied, untied = opened(tiny("llama-tied")).shape, opened(tiny()).shape
+    with pytest.raises(FlexiError, match="expected some of"):
+        replace(PruningPlan.identity(tied), own=("head",))
+    plan = replace(PruningPlan.identity(untied), own=("head",), tensors=(("outer.head", "a" * 64),))
+    removed = plan.compose(PruningPlan.keep(untied, (0, 2)))
+    assert (removed.own, removed.tensors) == (("head",), (("outer.head", "a" * 64),))
+    assert not plan.is_identity
+    narrower = change(PruningPlan.identity(untied), {1: BlockRecipe(parts=(Part(1, (0,)),))})
+    assert plan.compose(narrower).own == ("head",)
+
+
+# ---------------------------------------------------------------------------------------- the pruner
+
+
+@dataclass(frozen=True)
+class Nudge:
+    """Adds a little to the last norm, and asks the teacher."""
+
+    name: ClassVar[str] = "nudge"
+    paper: ClassVar[str] = ""
+
+    def recover(self, request: RecoveryRequest) -> Recovered:
+        states = request.teacher(request.text.ids[:2], [-1, 3])
+        assert states[3].shape == (*request.text.ids[:2].shape, 72)
+        nudged(request.model, lambda name: name == "model.norm.weight")
+        return Recovered(request.model, ({"tokens": 0.0, "loss": 1.0},), {"bits": 4.0}, ("a note",))
+
+
+class Nudging:
+    """A plugin with the method."""
+
+    @hookimpl
+    def recovery_methods(self) -> list[RecoveryMethod]:
+        return [Nudge()]
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> TinyPruner:
+    plugins = Plugins.load()
+    plugins.add(Nudging(), "nudging")
+    made = TinyPruner(tiny_checkpoint(), plugins)
+    made.__dict__["tokenizer"] = tiny_tokenizer()
+    return made
+
+
+def test_what_was_done_stands_in_the_origin_of_the_plan(own: TinyPruner, tmp_path: Path) -> None:
+    from flexi_plugins.pruner import Training
+
+    plan = PruningPlan.keep(own.checkpoint.shape, (0, 1, 3))
+    setting = Training(length=16, tokens=64, held_out=2)
+    found = own.recover(plan, "nudge", setting, tmp_path / "training")
+    assert found.plan.own == ("final_norm",)
+    said = found.plan.origin["recovery"]
+    assert (said["method"], said["facts"], said["notes"]) == ("nudge", {"bits": 4.0}, ["a note"])
+    assert said["training"]["tokens"] == 64
+    assert PruningPlan.from_json(found.plan.to_json()).origin == found.plan.origin
+
+
+def test_the_teachers_states_are_those_of_the_original(own: TinyPruner) -> None:
+    model, seen = own.model(PruningPlan.identity(own.checkpoint.shape)), []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _, args, out: seen.append(out))
+    ids = own.texts[0][:2]
+    logits(model, ids)
+    found = own.teacher(ids, [-1, 0, 4])
+    assert close(found[-1], model.model.embed_tokens(ids))
+    assert close(found[0], seen[0])
+    assert close(found[4], seen[4])
+
+
+# ---------------------------------------------------------------------------------------- text
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """Documents with a prompt and a response."""
+
+    given: tuple[str, ...] = ("ask:a>yes", "ask:bb>no", "ask:c>maybe")
+
+    name: ClassVar[str] = "instructions"
+    licence: ClassVar[str] = ""
+    provenance: ClassVar[str] = ""
+    join: ClassVar[str] = "\n"
+    response: ClassVar[str] = ">"
+
+    def texts(self, split: str, data: Path | None) -> tuple[str, ...]:
+        return self.given
+
+
+def test_of_instructions_only_the_response_has_a_loss() -> None:
+    tokenizer = tiny_tokenizer()
+    text, _ = training_text(Instructions(), "calibration", None, tokenizer, 10, 3, None)
+    ids, labels = text.ids.flatten().tolist(), text.labels.flatten().tolist()
+    stream = "ask:a>yes|ask:bb>no|ask:c>maybe|"
+    expected = [tokenizer.eos_token_id if c == "|" else tokenizer(c)["input_ids"][0] for c in stream][:30]
+    assert ids == expected
+    kept = "".join("_" if label == IGNORED else c for c, label in zip(stream, labels, strict=False))
+    assert kept == "______yes|_______no|______mayb"[:30]
+
+
+def test_plain_text_has_a_loss_everywhere_and_an_order_of_its_seed() -> None:
+    from flexi_plugins.corpora.python_docs import PythonDocs
+
+    texts = [training_text(PythonDocs(), "calibration", None, tiny_tokenizer(), 16, 4, seed)[0] for seed in (0, 0, 1)]
+    assert torch.equal(texts[0].ids, texts[0].labels)
+    assert torch.equal(texts[0].ids, texts[1].ids)
+    assert not torch.equal(texts[0].ids, texts[2].ids)
+
+
+def test_what_is_wrong_with_a_text_is_said() -> None:
+    with pytest.raises(FlexiError, match="expected at least 9 windows of 10 tokens, found 32 tokens"):
+        training_text(Instructions(), "calibration", None, tiny_tokenizer(), 10, 9, None)
+    with pytest.raises(FlexiError, match="a document has no response behind '>': 'ask'"):
+        training_text(Instructions(("ask",)), "calibration", None, tiny_tokenizer(), 2, 1, None)
