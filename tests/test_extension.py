@@ -69,8 +69,7 @@ def trained(model: nn.Module, order: Order, **options: Any) -> tuple[PruningPlan
 
 @pytest.fixture(scope="module")
 def plugins() -> Plugins:
-    found = Plugins.load()
-    return found
+    return Plugins.load()
 
 
 # ---------------------------------------------------------------------------------------- which blocks, in what order

@@ -350,7 +350,7 @@ def test_a_shared_weight_is_quantised_once_and_its_users_keep_their_adapters(tmp
     values = nearest(model.model.layers[1].self_attn.q_proj.weight.numpy(), 4, 8)[1]
     assert np.allclose(donor.weight.numpy(), values, rtol=1e-6, atol=1e-6)
     assert close(user.weight, donor.weight + user.lora_a @ user.lora_b)
-    assert any("7 maps run with another's weights" in note for note in found.notes)
+    assert any("7 maps run with another's weight" in note for note in found.notes)
 
 
 def test_all_wrong_options_are_named_at_once(tmp_path):
