@@ -129,6 +129,28 @@ class Checkpoint:
         copy._stored, copy._cache = self._stored, self._cache
         return copy
 
+    def mapped(self) -> Checkpoint:
+        """Return the same checkpoint with tensors that are views of its files; one in memory is itself.
+
+        Their pages are read when they are touched: a model of which little is used takes little memory. Writing to them
+        changes no file.
+        """
+        if not isinstance(self.read, _FolderReader):
+            return self
+        reader, maps = self.read, dict[Path, mmap.mmap]()
+
+        def read(name: str) -> Tensor:
+            place = reader.place(name)
+            if place.file not in maps:
+                with reader.opened(place.file, f"tensor {name!r}") as stream:
+                    maps[place.file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+            dtype = _dtype(place, name)
+            count = place.size // dtype.itemsize
+            flat = torch.frombuffer(maps[place.file], dtype=dtype, count=count, offset=place.start)
+            return flat.view(place.shape)
+
+        return Checkpoint(self.name, self.config, self.family, read, self.folder)
+
     def block(self, index: int) -> LazyTensors:
         """Return the linear maps of a block by role (see ``Weights``); each is read when it is asked for."""
         prefix = self.family.block_prefix(index)

@@ -265,7 +265,7 @@ class Pruner:
         planned = self.attach(plan) if isinstance(plan, PruningPlan) else plan
         chosen = self._plugin("recovery", method)
         text, held_out, found = self.training_texts(setting)
-        model = self.model(planned)
+        model: Any = build_model(planned.plan, self.checkpoint.mapped(), planned.attached)
         before = model.state_dict()
         recovered = chosen.recover(
             RecoveryRequest(

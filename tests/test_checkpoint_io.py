@@ -529,3 +529,21 @@ def test_a_shard_spoiled_half_way_leaves_nothing_behind(
     with pytest.raises(FlexiError, match=f"{file}.*{said}"):
         write_checkpoint(PruningPlan.identity(checkpoint.shape), checkpoint, None, tmp_path / "out" / "x")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------- mapped
+
+
+def test_mapped_tensors_are_views_of_the_files_and_writing_changes_none(tmp_path: Path) -> None:
+    tiny("qwen2").bfloat16().save_pretrained(tmp_path)
+    checkpoint = Checkpoint.from_folder(tmp_path, family_of)
+    mapped = checkpoint.mapped()
+    for name in checkpoint.tensor_names():
+        assert torch.equal(mapped.read(name), checkpoint.read(name))
+    before = checkpoint.bytes_read
+    view = mapped.read("model.norm.weight")
+    view.zero_()
+    assert checkpoint.bytes_read == before
+    assert checkpoint.read("model.norm.weight").any()
+    assert mapped.mapped() is mapped
+    assert opened(tiny()).mapped().read("model.norm.weight").any()
