@@ -109,7 +109,8 @@ class Blocks:
                 asked[name] = None
                 return self._like[name]
 
-            block_tensors(plan, position, self._reading(note), {})
+            own = {f"blocks.{position}.{name}": torch.empty(0) for name in plan.blocks[position].own}  # not read
+            block_tensors(plan, position, self._reading(note), own)
             self._names[key] = tuple(asked)
         return self._names[key]
 
