@@ -1,4 +1,4 @@
-"""Which statistics, taken on which model: one forward and one backward pass for all metrics together.
+"""What models do on the calibration text: statistics, losses, single blocks. One forward and backward pass for all metrics.
 
 A later step of a progressive strategy starts at the first block that changed: states and statistics before it are kept.
 """

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from flexi_plugins.studyfile import Measure
 
 INTERRUPTED = 130
+BESIDE = ".safetensors"  # the tensors of NAME.json are in NAME.safetensors, as those of a folder's plan.json are
 
 app = typer.Typer(
     name="flexi",
@@ -128,9 +129,9 @@ def plan(
     if output:
         _write_text(output, json.dumps(made.to_json(), indent=1) + "\n")
         if attached:
-            from flexi_plugins.rewrite import PLAN_TENSORS, save_attached
+            from flexi_plugins.rewrite import save_attached
 
-            save_attached(attached, output.with_name(PLAN_TENSORS))
+            save_attached(attached, output.with_suffix(BESIDE))
     if as_json:
         print_json(plan_summary(made))
     else:
@@ -611,7 +612,7 @@ def _read_plan(path: Path, pruner: Pruner) -> Planned:
     """Read a plan file, and its tensors from the file beside it; without that file its strategy makes them."""
     from flexi_plugins.data import PruningPlan
     from flexi_plugins.execution.sweep import Planned
-    from flexi_plugins.rewrite import PLAN_TENSORS, read_attached
+    from flexi_plugins.rewrite import read_attached
 
     try:
         made = PruningPlan.from_json(json.loads(path.read_text(encoding="utf-8")))
@@ -619,7 +620,7 @@ def _read_plan(path: Path, pruner: Pruner) -> Planned:
         raise FlexiError(f"plan file {str(path)!r}: {error}") from None
     if made.shape != pruner.checkpoint.shape:
         raise FlexiError(f"plan file {str(path)!r} was made for a model of another shape than {pruner.checkpoint.name}")
-    beside = path.with_name(PLAN_TENSORS)
+    beside = path.with_suffix(BESIDE)
     if made.tensors and beside.is_file():
         return Planned(made, read_attached(made, beside))
     return pruner.attach(made)

@@ -485,18 +485,17 @@ class PruningPlan:
         biases = sum(maps[role][0] for role in self.added_biases(recipe))
         return (adapters if recipe.rank else 0) + recipe.output_norm * outputs * self.shape.hidden + biases
 
+    def stored_in(self, recipe: BlockRecipe) -> int:
+        """Parameters that a checkpoint of this plan holds of one block: of a sharing one those that it has alone."""
+        block = self.block_shape(recipe)
+        shared = recipe.shares is not None
+        own = sum(self.shape.vectors(block).values()) if shared else self.shape.block_parameters(block)
+        return own + self.adapter_parameters(recipe)
+
     @property
     def stored_parameters(self) -> int:
         """Parameters that a checkpoint of this plan holds: adapters counted, shared weights once."""
-        total = self.shape.outer_parameters
-        for recipe in self.blocks:
-            block = self.block_shape(recipe)
-            if recipe.shares is None:
-                total += self.shape.block_parameters(block)
-            else:
-                total += sum(self.shape.vectors(block).values())
-            total += self.adapter_parameters(recipe)
-        return total
+        return self.shape.outer_parameters + sum(self.stored_in(recipe) for recipe in self.blocks)
 
     @property
     def runtime_parameters(self) -> int:

@@ -8,6 +8,7 @@ with defaults, and ``dataclasses.replace`` sets them; ``name`` and ``paper`` are
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,8 +94,8 @@ class ImportanceMetric(Protocol):
 class ReplacementStrategy(Protocol):
     """Turns scores into a plan. A progressive strategy plans one step at a time, with fresh statistics.
 
-    A paper's own measure of how much goes may take the place of the ratio: an option that a class variable ``knobs``
-    names (a tuple; without it, ``blocks``, ``merges`` and ``fraction`` are), where it is not None.
+    A paper's own measure of how much goes may take the place of the ratio: an option, where it is not None, that a class
+    variable ``knobs`` names (a tuple of names; a strategy without one always takes a ratio).
     """
 
     name: ClassVar[str]
@@ -158,11 +159,15 @@ class Evaluator(Protocol):
         """Yield one outcome a candidate, in their order, as soon as it is known: what is yielded is kept after a kill."""
 
 
+ALL_BLOCKS = sys.maxsize
+
+
 class Statistic(Protocol):
     """Running sums over calibration tokens, per block.
 
     ``span`` is how many consecutive blocks, ending at the observed one, its value for a block depends on (1: the block
-    alone). ``backward`` says that it reads gradients (``GradientTrace``) instead of activations (``BlockTrace``).
+    alone; ALL_BLOCKS: all up to it). ``backward`` says that it reads gradients (``GradientTrace``) instead of activations
+    (``BlockTrace``).
     """
 
     span: ClassVar[int]
@@ -320,8 +325,7 @@ class BlockTrace:
     heads x head_dim) and of the down map (tokens, channels); None where the sub-layer is absent. middle: (tokens, d),
     the residual stream after attention. attention_weight, mlp_weight: weights of those two maps, (d, columns).
     last: (tokens,) bool, True at the last token of each sequence; sequences are of equal length. sequences: their numbers
-    among the ``total`` calibration sequences, for a statistic that keeps something of each: sums of (total, ...) tensors
-    that are zero elsewhere put them side by side.
+    among the ``total`` calibration sequences.
     """
 
     index: int
@@ -338,6 +342,15 @@ class BlockTrace:
     last: Tensor
     sequences: range = range(0)
     total: int = 0
+
+    def among_all(self, values: Tensor) -> Tensor:
+        """Return something of each sequence of this batch, (sequences, ...), in its place among all: (total, ...).
+
+        Elsewhere it is zero, so that the sum over batches, which is what becomes of a statistic, has all sequences.
+        """
+        every = values.new_zeros(self.total, *values.shape[1:])
+        every[self.sequences.start : self.sequences.stop] = values
+        return every
 
 
 @dataclass(frozen=True)

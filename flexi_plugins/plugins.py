@@ -288,8 +288,7 @@ def options_json(value: Any) -> Mapping[str, Any]:
 
 def own_knob(strategy: hookspecs.ReplacementStrategy) -> bool:
     """Whether an option of the strategy (a paper's own knob) takes the place of the ratio."""
-    knobs: tuple[str, ...] = getattr(strategy, "knobs", ("blocks", "merges", "fraction"))
-    return any(getattr(strategy, name, None) is not None for name in knobs)
+    return any(getattr(strategy, name) is not None for name in getattr(strategy, "knobs", ()))
 
 
 def check_compatible(metric: hookspecs.ImportanceMetric, strategy: hookspecs.ReplacementStrategy) -> None:

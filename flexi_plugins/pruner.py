@@ -18,7 +18,7 @@ from flexi_plugins.checkpoint import Checkpoint
 from flexi_plugins.corpora.files import find_corpus
 from flexi_plugins.corpora.training import training_text
 from flexi_plugins.corpora.windows import token_windows
-from flexi_plugins.data import ModelShape, PruningPlan, Scores, Statistics, digest
+from flexi_plugins.data import BlockRecipe, ModelShape, PruningPlan, Scores, Statistics, digest
 from flexi_plugins.errors import FlexiError, unknown
 from flexi_plugins.execution.blocks import Blocks
 from flexi_plugins.execution.readout import Batch
@@ -40,8 +40,6 @@ from flexi_plugins.plugins import Plugins, check_compatible, options_json, optio
 from flexi_plugins.progress import Progress
 from flexi_plugins.recovered import planned_of
 from flexi_plugins.rewrite import PlanWeights, build_model, needed_tensors, with_digests, write_checkpoint
-
-MEASURES = ("loss", "turn", "chrf")  # what ``quality`` can be asked for
 
 
 @dataclass(frozen=True)
@@ -352,16 +350,13 @@ class Pruner:
 
         A model that breaks down, with states that are not finite, is infinitely bad.
         """
-        found = self._measured(current, plans, measure, tensors)
-        return [math.inf if math.isnan(value) else value for value in found]
-
-    def _measured(
-        self,
-        current: Planned,
-        plans: Sequence[PruningPlan],
-        measure: str,
-        tensors: Sequence[Mapping[str, Tensor]] | None,
-    ) -> list[float]:
+        measures: dict[str, Callable[[list[Planned]], list[float]]] = {
+            "loss": self.calibrator.losses,
+            "turn": self.calibrator.turns,
+            "chrf": lambda found: chrf(found, self.model, self.texts[0], self.tokenizer, self.progress),
+        }
+        if measure not in measures:
+            raise FlexiError(unknown("quality measure", measure, measures))
         candidates = []
         for plan, new in zip(plans, tensors or [{}] * len(plans), strict=True):
             planned = _carried(plan, current)
@@ -370,13 +365,8 @@ class Pruner:
                 planned = Planned(with_digests(plan, attached), attached)
             complete = set(needed_tensors(plan)) <= set(planned.attached)
             candidates.append(planned if complete else self.attach(plan))
-        if measure == "loss":
-            return self.calibrator.losses(candidates)
-        if measure == "turn":
-            return self.calibrator.turns(candidates)
-        if measure == "chrf":
-            return chrf(candidates, self.model, self.texts[0], self.tokenizer, self.progress)
-        raise FlexiError(unknown("quality measure", measure, MEASURES))
+        found = measures[measure](candidates) if candidates else []
+        return [math.inf if math.isnan(value) else value for value in found]
 
     def _scores(self, metric: ImportanceMetric, request: PruningRequest) -> Scores:
         return metric.score(request).check(f"metric {metric.name!r}", request.shape)
@@ -449,23 +439,26 @@ def plan_rows(plan: PruningPlan) -> list[dict[str, Any]]:
 def _plan_row(plan: PruningPlan, position: int) -> dict[str, Any]:
     recipe = plan.blocks[position]
     shape = plan.block_shape(recipe)
-    stored = plan.shape.block_parameters(shape)
-    if recipe.shares is not None:
-        stored = sum(plan.shape.vectors(shape).values()) + plan.adapter_parameters(recipe)
     return {
         "block": str(position),
         "from": " + ".join(map(str, recipe.sources)),
         "what": _what(plan, position),
         "kv_heads": shape.kv_heads,
         "channels": shape.channels,
-        "parameters": stored,
+        "parameters": plan.stored_in(recipe),
     }
 
 
 def _what(plan: PruningPlan, position: int) -> str:
     recipe = plan.blocks[position]
-    if recipe.whole is not None:
-        return "unchanged"
+    said = [_made_of(plan, recipe)]
+    said += [f"gain {recipe.gain:g}"] if recipe.gain != 1.0 else []
+    said += [f"new {', '.join(recipe.own)}"] if recipe.own else []
+    return "; ".join(text for text in said if text) or "unchanged"
+
+
+def _made_of(plan: PruningPlan, recipe: BlockRecipe) -> str:
+    """Say which units a block has; nothing of one that is whole."""
     if recipe.shares is not None:
         return f"weights of block {recipe.shares}, adapters of rank {recipe.rank}"
     if recipe.mix:
@@ -474,10 +467,9 @@ def _what(plan: PruningPlan, position: int) -> str:
         pieces = [f"{_units(p.kv_heads)} heads + {_units(p.channels)} channels of {p.source}" for p in recipe.parts]
         return "merged: " + ", ".join(pieces)
     part = recipe.parts[0]
-    old = plan.shape.blocks[part.source]
     if part.kv_heads is None and part.channels is None:
-        return f"gain {recipe.gain:g}"
-    new = plan.block_shape(recipe)
+        return ""
+    old, new = plan.shape.blocks[part.source], plan.block_shape(recipe)
     return f"narrowed by {old.kv_heads - new.kv_heads} KV heads, {old.channels - new.channels} channels"
 
 

@@ -199,8 +199,8 @@ def check_attached(plan: PruningPlan, attached: Tensors) -> None:
     assert set(attached) == set(dict(plan.tensors)), "a plan says the digests of its tensors: see with_digests"
     if missing:
         raise FlexiError(
-            f"plan: {len(missing)} attached tensors are missing ({missing[0]}, ...); they lie beside the plan as {PLAN_TENSORS}, "
-            "or its strategy makes them"
+            f"plan: {len(missing)} attached tensors are missing ({missing[0]}, ...); they lie beside the plan "
+            f"({PLAN_TENSORS} in a folder), or its strategy makes them"
         )
 
 

@@ -1,7 +1,8 @@
 """A study: every metric x strategy x ratio x seed, stage by stage, resumable. Read this to see how it all fits together.
 
-Statistics of the dense model are taken once for all metrics; scores become plans, cell by cell; all plans are measured
-in one sweep per evaluator; every cell's record is written as soon as it is whole. Whatever is finished is never redone.
+Seed by seed: statistics of the dense model are taken once for all metrics; scores become plans, cell by cell; all plans
+are measured in one sweep per evaluator; every cell's record is written as soon as it is whole. Whatever is finished is
+never redone.
 """
 
 from __future__ import annotations

@@ -1,8 +1,14 @@
-"""What the tests of the harness share: a tiny model with a tokenizer in a folder, and a text."""
+"""What the tests share: a tiny model with a tokenizer in a folder, a text, and a catalogue without flexi-baselines.
+
+The second distribution is installed here, and need not be elsewhere: its own tests name its modules.
+"""
 
 from __future__ import annotations
 
+import importlib.metadata
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from studies import make_model, make_text
@@ -16,3 +22,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def built_in_methods() -> Iterator[None]:
+    """Let installed entry points be those of other distributions than flexi-baselines."""
+    every = importlib.metadata.entry_points
+
+    def entry_points(**chosen: Any) -> Any:
+        found = every(**chosen)
+        if chosen.get("group") != "flexi_plugins":
+            return found
+        return [point for point in found if point.dist is None or point.dist.name != "flexi-baselines"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.metadata, "entry_points", entry_points)
+        yield

@@ -23,7 +23,7 @@ from flexi_plugins.budget import lowest
 from flexi_plugins.data import BlockShape, ModelShape, PruningPlan, Statistics
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.execution.sweep import Planned
-from flexi_plugins.hookspecs import Budget, PruningRequest
+from flexi_plugins.hookspecs import BlockTrace, Budget, PruningRequest
 from flexi_plugins.metrics.none import NoMetric
 from flexi_plugins.plugins import Plugins
 from flexi_plugins.rewrite import build_model
@@ -447,9 +447,11 @@ def test_released_states_are_first_tokens_of_the_first_of_each_group_of_sequence
     """202 sequences go two by two: of every second one the first two tokens."""
     stream = torch.arange(202.0 * 3)[:, None]  # three tokens a sequence
     last = torch.tensor([False, False, True]).repeat(202)
-    trace = SimpleNamespace(input=stream, last=last, sequences=range(202), total=202)
-    released = mka.SequenceStates().observe(trace)["released"]
-    assert released[:6, 0].tolist() == [0, 1, 6, 7, 12, 13]
+    nothing = {"attention_inner": None, "mlp_inner": None, "attention_weight": None, "mlp_weight": None}
+    states = {"input": stream, "middle": stream, "output": stream, "before": (), "last": last}
+    found = mka.SequenceStates().observe(BlockTrace(0, 1, 1, **states, **nothing, sequences=range(202), total=202))
+    assert found["released"][:6, 0].tolist() == [0, 1, 6, 7, 12, 13]
+    assert found["last"][:3, 0].tolist() == [2, 5, 8]
 
 
 def test_mka_merges_the_last_two_blocks_again_and_again(own, monkeypatch):

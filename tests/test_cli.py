@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from flexi_plugins.families.known import KNOWN
 from flexi_plugins.models import known_config
 from flexi_plugins.plugins import Plugins, own_knob
 from flexi_plugins.progress import Progress
-from flexi_plugins.pruner import Pruner, count_only
+from flexi_plugins.pruner import Pruner, count_only, plan_rows
 from flexi_plugins.store import from_text
 from flexi_plugins.studyfile import read_study
 
@@ -243,7 +243,42 @@ def test_a_plan_is_shown_and_written_before_any_weight_is_changed(
     assert sum(b["parameters"] for b in summary["blocks"]) + plan.shape.outer_parameters == plan.stored_parameters
 
 
-@pytest.mark.parametrize("strategy", ["concat-merge", "share-lora"])
+def test_what_becomes_of_a_block_is_said_in_full(flexi: Flexi, method: list[str]) -> None:
+    """New maps and gains too, and each block's parameters as the plan counts them."""
+    method[method.index("concat-merge")] = "least-squares-merge"
+    said = flexi("plan", *method)
+    assert re.search(r"\bnew down.weight\b", said.out)
+    assert "gain" not in said.out
+    method[method.index("least-squares-merge")] = "remove-blocks"
+    compensated = flexi("plan", *method, "--strategy-option", "compensate=true", "--strategy-option", "protect_last=1")
+    assert re.search(r"\bgain \d+\.\d+", compensated.out)
+    config = known_config("huggyllama/llama-7b")
+    shape = Plugins.load().family(config).shape(config)
+    plan = PruningPlan(shape, (replace(PruningPlan.identity(shape).blocks[0], own=("down.bias",)),))
+    [row, *_] = plan_rows(plan)
+    assert row["what"] == "new down.bias"
+    assert row["parameters"] == shape.block_parameters(shape.blocks[0]) + shape.hidden
+
+
+def test_plans_with_tensors_lie_beside_each_other(flexi: Flexi, method: list[str], model: Path, tmp_path: Path) -> None:
+    """Each with its tensors under its own name."""
+    method[method.index("concat-merge")] = "least-squares-merge"
+    for name, ratio in (("a", "0.1"), ("b", "0.3")):
+        method[-1] = ratio
+        assert flexi("plan", *method, "-o", tmp_path / f"{name}.json").status == 0
+    for name, ratio in (("a", "0.1"), ("b", "0.3")):
+        method[-1] = ratio
+        planned = flexi("prune", "--model", model, "--plan", tmp_path / f"{name}.json", "-o", tmp_path / name)
+        direct = flexi("prune", *method, "-o", tmp_path / f"{name}-direct")
+        assert (planned.status, direct.status) == (0, 0), planned.err + direct.err
+        weights = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in (name, f"{name}-direct")]
+        assert weights[0] == weights[1]
+    (tmp_path / "a.safetensors").unlink()
+    lost = flexi("prune", "--model", model, "--plan", tmp_path / "a.json", "-o", tmp_path / "c")
+    assert "are missing that least-squares-merge made step by step; they lie beside the plan" in lost.err
+
+
+@pytest.mark.parametrize("strategy", ["concat-merge", "share-lora", "least-squares-merge"])
 def test_a_plan_file_gives_the_same_model_as_its_method(
     flexi: Flexi, method: list[str], model: Path, tmp_path: Path, strategy: str
 ) -> None:
@@ -257,7 +292,7 @@ def test_a_plan_file_gives_the_same_model_as_its_method(
     assert files == sorted(p.name for p in (tmp_path / "planned").iterdir())
     for name in files:
         assert (tmp_path / "planned" / name).read_bytes() == (tmp_path / "direct" / name).read_bytes(), name
-    assert direct.json["plain"] == (strategy == "concat-merge")
+    assert direct.json["plain"] == (strategy != "share-lora")
     kind = "a plain transformers folder" if direct.json["plain"] else "FlexiForCausalLM, since block"
     assert kind in planned.out
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "direct")

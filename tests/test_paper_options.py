@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,12 +13,12 @@ from tiny import change, close, logits, opened, sharing, tiny, tokens
 from flexi_plugins.data import BlockRecipe, Part, PruningPlan, Scores
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.execution.sweep import Planned
-from flexi_plugins.hookspecs import LinearTrace
+from flexi_plugins.hookspecs import BlockTrace, LinearTrace
 from flexi_plugins.metrics import saap
 from flexi_plugins.metrics.come import CoMe
 from flexi_plugins.metrics.flexigpt import FlexiGPT
 from flexi_plugins.metrics.greedy import Greedy
-from flexi_plugins.plugins import Plugins, incompatible
+from flexi_plugins.plugins import Plugins, incompatible, own_knob
 from flexi_plugins.rewrite import build_model, with_digests
 from flexi_plugins.strategies.concat_merge import ConcatMerge
 from flexi_plugins.strategies.remove_blocks import RemoveBlocks
@@ -354,3 +355,30 @@ def test_a_sharing_block_has_no_tensors_of_its_own():
     plan = sharing(shape, {3: 1})
     with pytest.raises(FlexiError, match="shares weights has adapters"):
         change(plan, {3: replace(plan.blocks[3], own=("down.bias",))})
+
+
+# ---------------------------------------------------------------------------------------- the contract
+
+
+def test_an_option_takes_the_ratios_place_where_its_strategy_says_so():
+    @dataclass(frozen=True)
+    class Plain:
+        blocks: int | None = 3
+
+    @dataclass(frozen=True)
+    class Threshold:
+        T: float | None = None
+        knobs: ClassVar[tuple[str, ...]] = ("T",)
+
+    assert not own_knob(Plain())
+    assert not own_knob(Threshold())
+    assert own_knob(Threshold(T=0.0))
+    assert own_knob(RemoveBlocks(blocks=1))
+
+
+def test_what_a_batch_says_of_its_sequences_stands_in_their_places():
+    nothing = torch.zeros(0)
+    seen = {"attention_inner": None, "mlp_inner": None, "attention_weight": None, "mlp_weight": None}
+    states = {"input": nothing, "middle": nothing, "output": nothing, "before": (), "last": nothing}
+    trace = BlockTrace(0, 1, 1, **states, **seen, sequences=range(1, 3), total=4)
+    assert trace.among_all(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).tolist() == [[0, 0], [1, 2], [3, 4], [0, 0]]

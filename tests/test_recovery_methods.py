@@ -90,7 +90,9 @@ def test_a_merged_model_computes_what_the_layers_did(make: Callable[[], Made]) -
     assert not close(logits(model, IDS), expected, 1e-2)
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # of the oracle: peft asks transformers so
+@pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing:FutureWarning"
+)  # of the oracle: peft asks transformers so
 def test_lora_is_peft_trained_by_adamw_and_merged(tmp_path: Path) -> None:
     """Against peft's own wrapper and merge, a loop in plain torch, and a learning rate by hand."""
     from peft import LoraConfig, get_peft_model

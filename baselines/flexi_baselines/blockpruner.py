@@ -29,6 +29,7 @@ class BlockPruner:
 
     name: ClassVar[str] = "blockpruner"
     paper: ClassVar[str] = "BlockPruner, arXiv 2406.10594"
+    knobs: ClassVar[tuple[str, ...]] = ("blocks",)
     needs: ClassVar[frozenset[str]] = frozenset()
     wants: ClassVar[frozenset[str]] = frozenset()
     progressive: ClassVar[bool] = True

@@ -99,6 +99,7 @@ class Flap:
 
     name: ClassVar[str] = "flap"
     paper: ClassVar[str] = PAPER
+    knobs: ClassVar[tuple[str, ...]] = ("fraction",)
     needs: ClassVar[frozenset[str]] = frozenset()
     wants: ClassVar[frozenset[str]] = frozenset({"attention", "mlp"})
     progressive: ClassVar[bool] = False

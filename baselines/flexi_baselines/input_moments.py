@@ -69,8 +69,7 @@ class RunningFluctuation:
         sums = {}
         for kind, inner, _ in _inputs(trace):
             for name, values in zip(("mean", "deviation"), window_moments(inner, len(trace.sequences)), strict=True):
-                sums[f"{kind}_{name}"] = values.new_zeros(trace.total, values.shape[1])
-                sums[f"{kind}_{name}"][trace.sequences.start : trace.sequences.stop] = values
+                sums[f"{kind}_{name}"] = trace.among_all(values)
         return sums
 
     def finish(self, totals: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:

@@ -49,13 +49,12 @@ class SequenceStates:
     def observe(self, trace: BlockTrace) -> dict[str, Tensor]:
         """Return the rows of these sequences, and zeros for the others'."""
         stream = trace.input.float()
-        last, released = (stream.new_zeros(trace.total, stream.shape[1]) for _ in range(2))
-        last[trace.sequences.start : trace.sequences.stop] = stream[trace.last]
+        released = stream.new_zeros(trace.total, stream.shape[1])
         at_once = next(c for c in range(LARGEST, 0, -1) if trace.total % c == 0)
         for number, states in zip(trace.sequences, stream.chunk(len(trace.sequences)), strict=True):
             if number % at_once == 0:  # a shorter sequence leaves zeros, as the released code's padding does
                 released[number : number + min(at_once, len(states))] = states[:at_once]
-        return {"last": last, "released": released}
+        return {"last": trace.among_all(stream[trace.last]), "released": released}
 
     def finish(self, totals: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:
         """Return the states as they are."""
@@ -78,6 +77,7 @@ class Mka:
 
     name: ClassVar[str] = "mka"
     paper: ClassVar[str] = "MKA, arXiv 2406.16330"
+    knobs: ClassVar[tuple[str, ...]] = ("merges",)
     needs: ClassVar[frozenset[str]] = frozenset({"sequence-states"})
     wants: ClassVar[frozenset[str]] = frozenset()
 

@@ -17,12 +17,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from flexi_plugins.data import Scores
 from flexi_plugins.errors import FlexiError
-from flexi_plugins.hookspecs import BlockTrace, ImportanceMetric, PruningRequest, Statistic, hookimpl
+from flexi_plugins.hookspecs import ALL_BLOCKS, BlockTrace, ImportanceMetric, PruningRequest, Statistic, hookimpl
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-EVERY = 1_000_000  # a span that takes in all earlier blocks
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class RunAngle:
     """arccos(cos) / pi between the input of every block up to this one and this one's output, mean over last tokens."""
 
     name: ClassVar[str] = "run-angle"
-    span: ClassVar[int] = EVERY
+    span: ClassVar[int] = ALL_BLOCKS
     backward: ClassVar[bool] = False
 
     def observe(self, trace: BlockTrace) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from flexi_plugins.budget import check_reach, smallest
 from flexi_plugins.data import ModelShape, PruningPlan
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.hookspecs import (
+    ALL_BLOCKS,
     BlockTrace,
     Budget,
     PruningRequest,
@@ -29,15 +30,13 @@ from flexi_plugins.hookspecs import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-EVERY = 1_000_000  # a span that takes in all earlier blocks
-
 
 @dataclass(frozen=True)
 class RunDistance:
     """1 - cos between the input of every block up to this one and this one's output, mean over all tokens."""
 
     name: ClassVar[str] = "run-distance"
-    span: ClassVar[int] = EVERY
+    span: ClassVar[int] = ALL_BLOCKS
     backward: ClassVar[bool] = False
 
     def observe(self, trace: BlockTrace) -> dict[str, Tensor]:
@@ -64,6 +63,7 @@ class LlmStreamline:
 
     name: ClassVar[str] = "llm-streamline"
     paper: ClassVar[str] = "LLM-Streamline, arXiv 2403.19135"
+    knobs: ClassVar[tuple[str, ...]] = ("blocks",)
     needs: ClassVar[frozenset[str]] = frozenset({"run-distance"})
     wants: ClassVar[frozenset[str]] = frozenset()
     progressive: ClassVar[bool] = False

@@ -63,6 +63,7 @@ class WandaSp:
 
     name: ClassVar[str] = "wanda-sp"
     paper: ClassVar[str] = PAPER
+    knobs: ClassVar[tuple[str, ...]] = ("fraction",)
     needs: ClassVar[frozenset[str]] = frozenset()
     wants: ClassVar[frozenset[str]] = frozenset({"attention", "mlp"})
     progressive: ClassVar[bool] = True

@@ -43,6 +43,7 @@ class ConcatMerge:
 
     name: ClassVar[str] = "concat-merge"
     paper: ClassVar[str] = "CoMe, arXiv 2510.15304"
+    knobs: ClassVar[tuple[str, ...]] = ("merges",)
     progressive: ClassVar[bool] = True
 
     @property

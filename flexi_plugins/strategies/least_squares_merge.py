@@ -38,6 +38,7 @@ class LeastSquaresMerge:
 
     name: ClassVar[str] = "least-squares-merge"
     paper: ClassVar[str] = "our transfer of Chain of Merges, arXiv 2508.21421"
+    knobs: ClassVar[tuple[str, ...]] = ("blocks",)
     needs: ClassVar[frozenset[str]] = frozenset()
     wants: ClassVar[frozenset[str]] = frozenset({"block"})
     progressive: ClassVar[bool] = True

@@ -40,18 +40,17 @@ class StreamMagnitude:
 
     def observe(self, trace: BlockTrace) -> dict[str, Tensor]:
         """Return ``input`` and ``output``: (windows, hidden), zero for windows of other batches."""
-        return {name: _by_window(getattr(trace, name), trace) for name in ("input", "output")}
+        import torch
+
+        def means(stream: Tensor) -> Tensor:
+            windows = stream.chunk(len(trace.sequences))
+            return torch.stack([window.float().abs().mean(0) for window in windows])
+
+        return {"input": trace.among_all(means(trace.input)), "output": trace.among_all(means(trace.output))}
 
     def finish(self, totals: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:
         """Return the means as they are."""
         return dict(totals)
-
-
-def _by_window(stream: Tensor, trace: BlockTrace) -> Tensor:
-    found = stream.new_zeros(trace.total, stream.shape[1]).float()
-    for number, window in zip(trace.sequences, stream.chunk(len(trace.sequences)), strict=True):
-        found[number] = window.float().abs().mean(0)
-    return found
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,7 @@ class RemoveBlocks:
 
     name: ClassVar[str] = "remove-blocks"
     paper: ClassVar[str] = "ShortGPT, arXiv 2403.03853"
+    knobs: ClassVar[tuple[str, ...]] = ("blocks",)
     wants: ClassVar[frozenset[str]] = frozenset({"block"})
 
     @property

@@ -36,6 +36,7 @@ class RemoveUnits:
 
     name: ClassVar[str] = "remove-units"
     paper: ClassVar[str] = "LLM-Pruner, arXiv 2305.11627"
+    knobs: ClassVar[tuple[str, ...]] = ("fraction",)
     needs: ClassVar[frozenset[str]] = frozenset()
     wants: ClassVar[frozenset[str]] = frozenset({"attention", "mlp"})
     progressive: ClassVar[bool] = False

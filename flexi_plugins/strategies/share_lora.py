@@ -47,6 +47,7 @@ class ShareLora:
 
     name: ClassVar[str] = "share-lora"
     paper: ClassVar[str] = "FlexiGPT, arXiv 2501.14713"
+    knobs: ClassVar[tuple[str, ...]] = ("blocks",)
     needs: ClassVar[frozenset[str]] = frozenset()
     wants: ClassVar[frozenset[str]] = frozenset({"block"})
     progressive: ClassVar[bool] = False
