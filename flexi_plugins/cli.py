@@ -263,8 +263,20 @@ def recover(
     setting = Training(training_corpus, length, tokens, held_out)
     pruner = _pruner(model, corpus, seed, data, dtype, device, memory)
     checkpoints = output.with_name(f"{output.name}.training")
-    planned = pruner.recover(_planned(pruner, asked), chosen, setting, checkpoints)
+    made = _planned(pruner, asked)
+    if not getattr(chosen, "interleaved", False):
+        planned = pruner.recover(made, chosen, setting, checkpoints)
+    elif isinstance(asked, Path):
+        raise FlexiError(
+            f"recover: {method} with these options trains behind every step of a strategy; give --metric and --strategy in "
+            "the place of --plan"
+        )
+    else:
+        planned = pruner.make_recovered(made, *asked[:2], chosen, setting, checkpoints)
     _write_model(pruner, planned, output, as_json)
+    for file in checkpoints.glob("*"):
+        if file.is_file():
+            shutil.move(file, output / file.name)
     shutil.rmtree(checkpoints, ignore_errors=True)
 
 

@@ -130,7 +130,11 @@ class ReplacementStrategy(Protocol):
 
 
 class RecoveryMethod(Protocol):
-    """Trains a pruned model."""
+    """Trains a pruned model.
+
+    Where an attribute ``interleaved`` is true, it is called behind every step of a progressive strategy, each time with an
+    equal share of the text, and the next step sees the trained model; else once, at the end.
+    """
 
     name: ClassVar[str]
     paper: ClassVar[str]
@@ -395,10 +399,11 @@ class RecoveryRequest:
     text: at least as many windows as ``tokens`` asks for, in the order in which they are to be seen; held_out: what to
     measure the loss on during the training. tokens: the budget, the same for every method of a study: as many tokens of
     ``text`` pass a trained module forward and backward. folder: for checkpoints of the training; where one lies there
-    that was made by the same call, training goes on from it. teacher(ids, blocks): for a batch of windows of ids (rows,
-    tokens) the original model's residual stream behind each of these blocks, (rows, tokens, hidden) in the compute dtype;
-    -1 is in front of the first block. progress(title, total): a context manager that yields ``advance(n)``; say(text).
-    device, dtype: where and in what to compute; weights are trained in float32 where dtype is lower.
+    that was made by the same call, training goes on from it. Files directly in it are kept beside the recovered model, its
+    subfolders are not. teacher(ids, blocks): for a batch of windows of ids (rows, tokens) the original model's residual
+    stream behind each of these blocks, (rows, tokens, hidden) in the compute dtype; -1 is in front of the first block.
+    progress(title, total): a context manager that yields ``advance(n)``; say(text). device, dtype: where and in what to
+    compute; weights are trained in float32 where dtype is lower.
     """
 
     model: torch.nn.Module
@@ -420,8 +425,9 @@ class Recovered:
     """What a recovery method gives back.
 
     curve: points of the training in order, mappings with ``tokens`` and any of ``loss`` (mean over the tokens since the
-    last point, nats per token, of what the method minimises) and ``held_out_loss`` (next-token, nats per token). facts:
-    what is to stand in the record (trained parameters, bits, stored bytes of packed weights). notes: for people (that
+    last point, nats per token, of what the method minimises), ``held_out_loss`` (next-token, nats per token) and, where the
+    model does not run as a whole, ``held_out_block_loss`` (what the method minimises, on the held-out text). facts: what
+    is to stand in the record (trained parameters, bits, stored bytes of packed weights). notes: for people (that
     training diverged and was stopped, for instance).
     """
 

@@ -28,6 +28,7 @@ from flexi_plugins.hookspecs import (
     Budget,
     ImportanceMetric,
     PruningRequest,
+    Recovered,
     RecoveryMethod,
     RecoveryRequest,
     ReplacementStrategy,
@@ -169,8 +170,18 @@ class Pruner:
         planned = self.steps(metric, strategy, ratio, say)
         return self._attached(planned, self._plugin("strategy", strategy), self._original)
 
-    def steps(self, metric: Any, strategy: Any, ratio: float, say: Callable[[str], None]) -> Planned:
-        """Plan step by step; new tensors are made where the next step looks at them, so of progressive strategies only."""
+    def steps(
+        self,
+        metric: Any,
+        strategy: Any,
+        ratio: float,
+        say: Callable[[str], None],
+        then: Callable[[Planned, int], Planned] = lambda planned, step: planned,
+    ) -> Planned:
+        """Plan step by step; new tensors are made where the next step looks at them, so of progressive strategies only.
+
+        then(planned, step): what becomes of the model behind each step of a progressive strategy, counted from 1.
+        """
         chosen, replacement = self._plugin("metric", metric), self._plugin("strategy", strategy)
         check_compatible(chosen, replacement)
         planned = self._original
@@ -188,11 +199,11 @@ class Pruner:
             say(f"step {steps}: {len(planned.plan.blocks)} blocks, ratio {planned.plan.ratio:.4f}")
             if replacement.progressive:
                 _check_progress(replacement, before.plan, planned.plan)
-                planned = self._attached(planned, replacement, before)
+                planned = then(self._attached(planned, replacement, before), steps)
             if not replacement.progressive or replacement.finished(planned.plan, budget):
                 break
         self.calibrator.forget([self._original.plan])
-        made_by = {**origin(chosen, replacement, ratio), **planned.plan.origin}
+        made_by = {**origin(chosen, replacement, ratio), "steps": steps, **planned.plan.origin}
         return replace(planned, plan=replace(planned.plan, origin=made_by))
 
     def attach(self, plan: PruningPlan) -> Planned:
@@ -261,19 +272,64 @@ class Pruner:
         folder: for checkpoints of the training; where one lies there, of the same training, that is taken up.
         """
         planned = self.attach(plan) if isinstance(plan, PruningPlan) else plan
-        chosen = self._plugin("recovery", method)
-        text, held_out, found = self.training_texts(setting)
+        text, held_out, _ = self.training_texts(setting)
+        trained, found = self._trained(planned, method, text, held_out, setting.tokens, Path(folder))
+        return self._said(trained, planned, method, setting, [found])
+
+    def make_recovered(
+        self,
+        made: Planned,
+        metric: str | ImportanceMetric,
+        strategy: str | ReplacementStrategy,
+        method: str | RecoveryMethod,
+        setting: Training,
+        folder: Path | str,
+    ) -> Planned:
+        """Make a plan again, and train its model behind every step on the next of equal shares of the text.
+
+        For methods that are ``interleaved``: each step is chosen by the scores of the model as it is trained by then. made:
+        the plan without training, by the same metric and strategy, which says how many steps there are. Checkpoints are in
+        a subfolder a step, so that a run that was stopped trains no step twice.
+        """
+        origin, replacement = made.plan.origin, self._plugin("strategy", strategy)
+        if not replacement.progressive:
+            return self.recover(made, method, setting, folder)
+        text, held_out, _ = self.training_texts(setting)
+        steps = origin["steps"]
+        windows = setting.tokens // steps // setting.length
+        if not windows:
+            raise FlexiError(
+                f"{self._plugin('recovery', method).name}: {setting.tokens:,} tokens in windows of {setting.length} are less "
+                f"than one window for each of {steps} steps; expected at least {steps * setting.length:,} tokens"
+            )
+        found: list[Recovered] = []
+
+        def then(planned: Planned, step: int) -> Planned:
+            first = (step - 1) * windows
+            share = TrainingText(text.ids[first : first + windows], text.labels[first : first + windows])
+            tokens, place = windows * setting.length, Path(folder) / f"step-{step}"
+            trained, recovered = self._trained(planned, method, share, held_out, tokens, place)
+            found.append(recovered)
+            return trained
+
+        planned = self.steps(metric, replacement, origin["ratio"], self.progress.say, then)
+        return self._said(planned, planned, method, setting, found)
+
+    def _trained(
+        self, planned: Planned, method: Any, text: TrainingText, held_out: TrainingText, tokens: int, folder: Path
+    ) -> tuple[Planned, Recovered]:
+        """Train a plan's model on a text; return the plan of what came out, and what the method says, without the model."""
         model: Any = build_model(planned.plan, self.checkpoint.mapped(), planned.attached)
         before = model.state_dict()
-        recovered = chosen.recover(
+        recovered = self._plugin("recovery", method).recover(
             RecoveryRequest(
                 model=model,
                 plan=planned.plan,
                 text=text,
                 held_out=held_out,
-                tokens=setting.tokens,
+                tokens=tokens,
                 seed=self.seed,
-                folder=Path(folder),
+                folder=folder,
                 teacher=self.teacher,
                 progress=self.progress.stage,
                 say=self.progress.say,
@@ -282,13 +338,23 @@ class Pruner:
             )
         )
         trained = planned_of(recovered.model, planned, before, self.checkpoint)
+        return trained, replace(recovered, model=torch.nn.Module())
+
+    def _said(
+        self, trained: Planned, planned: Planned, method: Any, setting: Training, found: Sequence[Recovered]
+    ) -> Planned:
+        """Return a trained plan whose origin says how it was trained: once, or several times one behind the other."""
+        chosen, done, curve = self._plugin("recovery", method), 0.0, list[dict[str, float]]()
+        for recovered in found:
+            curve += [{**point, "tokens": point["tokens"] + done} for point in recovered.curve]
+            done = curve[-1]["tokens"] if curve else 0.0
         said = {
             "method": chosen.name,
             "options": options_json(chosen),
-            "training": {**asdict(setting), "text": found[:16]},
-            "curve": [dict(point) for point in recovered.curve],
-            "facts": dict(recovered.facts),
-            "notes": list(recovered.notes),
+            "training": {**asdict(setting), "text": self.training_texts(setting)[2][:16]},
+            "curve": curve,
+            "facts": {**found[-1].facts, **({"trainings": len(found)} if len(found) > 1 else {})},
+            "notes": [note for recovered in found for note in recovered.notes],
         }
         return replace(trained, plan=replace(trained.plan, origin={**planned.plan.origin, "recovery": said}))
 

@@ -198,6 +198,11 @@ class Store:
             _write_tensors(self._plan_path(key, ".safetensors"), tensors)
         _write_json(self._plan_path(key, ".json"), {"key": key, **plan.to_json()})
 
+    def keep(self, key: str, folder: Path) -> None:
+        """Move the files directly in a folder beside the plan of a key, under its name."""
+        for file in sorted(p for p in folder.glob("*") if p.is_file()):
+            shutil.move(file, self._plan_path(key, f".{file.name}"))
+
     def read_plan(self, key: str) -> tuple[PruningPlan, dict[str, Tensor]] | None:
         """Return the plan written under a key and its attached tensors, verified; None if it is still to be made."""
 

@@ -199,7 +199,13 @@ class Study:
         stored = self.store.read_plan(key)
         if stored is None:
             pruner, folder = self.pruners[work.cell.seed], self.folder / "training" / key[:12]
-            work.planned = pruner.recover(work.planned, work.recovery, self.training, folder)
+            if getattr(work.recovery, "interleaved", False) and work.metric is not None:
+                assert work.strategy is not None
+                methods = work.metric, work.strategy, work.recovery
+                work.planned = pruner.make_recovered(work.planned, *methods, self.training, folder)
+            else:
+                work.planned = pruner.recover(work.planned, work.recovery, self.training, folder)
+            self.store.keep(key, folder)
             self.store.write_plan(key, work.planned.plan, work.planned.attached)
             shutil.rmtree(folder, ignore_errors=True)
         else:

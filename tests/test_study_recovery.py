@@ -16,6 +16,9 @@ from flexi_plugins.hookspecs import Recovered, RecoveryRequest
 from flexi_plugins.pruner import Pruner
 
 
+MERGES = '{ name = "concat-merge", merges = 2 }'
+
+
 @dataclass(frozen=True)
 class Quieter:
     """Trains nothing: halves the output map of the last block, and counts its calls."""
@@ -45,6 +48,34 @@ class Unable(Quieter):
         raise FlexiError("unable: there is nothing to train")
 
 
+@dataclass(frozen=True)
+class Interleaved(Quieter):
+    """Is called behind every step, and leaves a file and a checkpoint."""
+
+    interleaved: ClassVar[bool] = True
+    seen: ClassVar[list[tuple[int, RecoveryRequest]]] = []
+    name: ClassVar[str] = "interleaved"
+
+    def recover(self, request: RecoveryRequest) -> Recovered:
+        self.seen.append((len(request.plan.blocks), request))
+        (request.folder / "checkpoint-1").mkdir(parents=True)
+        linear: Any = request.model.get_submodule("model.layers")[-1]
+        linear.mlp.down_proj.weight = nn.Parameter(linear.mlp.down_proj.weight * 0.5, requires_grad=False)
+        return Recovered(request.model, ({"tokens": 0.0}, {"tokens": float(request.tokens)}), notes=("one",))
+
+
+@dataclass(frozen=True)
+class Leaves(Quieter):
+    """Leaves a file beside its checkpoints."""
+
+    name: ClassVar[str] = "leaves"
+
+    def recover(self, request: RecoveryRequest) -> Recovered:
+        (request.folder / "checkpoint-1").mkdir(parents=True)
+        (request.folder / "packed.bin").write_text("bits")
+        return super().recover(request)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"))
@@ -55,9 +86,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
-def study(folder: Path, model: Path, text: Path, recovery: str) -> Path:
+def study(folder: Path, model: Path, text: Path, recovery: str, strategy: str = "remove-blocks") -> Path:
     training = f'\n[training]\ncorpus = "file:{text}"\nlength = 32\ntokens = 64\nheld_out = 1\n'
-    return make_study(folder / "s.toml", model, text, ["come"], ["remove-blocks"], more=recovery, end=training)
+    return make_study(folder / "s.toml", model, text, ["come"], [strategy], more=recovery, end=training)
 
 
 def test_recoveries_share_a_plan_and_differ_in_what_is_trained(
@@ -126,3 +157,56 @@ def test_records_without_recovery_are_what_they_were_before_there_was_any(
     assert "training" not in plain.cell.options
     assert "recovery" not in plain.cell.options
     assert not (tmp_path / "run" / "curves.svg").exists()
+
+
+def test_an_interleaved_method_trains_behind_every_step_on_its_share_of_the_text(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    file = study(tmp_path, model, text, 'recovery = ["interleaved"]\ndense = false', MERGES)
+    Interleaved.seen.clear()
+    (record,) = run_study(file, tmp_path / "run", plugins_with(recovery_methods=[Interleaved()]))
+    assert record.status == "complete", record.reason
+    (first, one), (second, other) = Interleaved.seen
+    assert (first, second) == (5, 4)
+    assert one.tokens == other.tokens == 32
+    assert not torch.equal(one.text.ids, other.text.ids)
+    assert not any(r.own for r in one.plan.blocks)
+    assert any(r.own for r in other.plan.blocks)  # what the first training changed is known to the second
+    said = record.plan.origin["recovery"]
+    assert [point["tokens"] for point in said["curve"]] == [0, 32, 32, 64]
+    assert said["facts"] == {"trainings": 2}
+    assert said["notes"] == ["one", "one"]
+
+
+def test_too_few_tokens_for_the_steps_of_an_interleaved_method_are_an_error(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    file = study(tmp_path, model, text, 'recovery = ["interleaved"]\ndense = false', MERGES.replace("2", "3"))
+    (record,) = run_study(file, tmp_path / "run", plugins_with(recovery_methods=[Interleaved()]))
+    assert "expected at least 96 tokens" in record.reason
+
+
+def test_distillation_after_each_merge_goes_on_with_the_trained_model(model: Path, text: Path, tmp_path: Path) -> None:
+    recovery = """recovery = [
+      { name = "distill", keep = "last", batch_tokens = 32, learning_rate = 0.01, divergence = 1e9 },
+      { name = "distill", when = "each", keep = "last", batch_tokens = 32, learning_rate = 0.01, divergence = 1e9 },
+    ]
+    dense = false"""
+    file = study(tmp_path, model, text, recovery, MERGES)
+    end, each = run_study(file, tmp_path / "run")
+    assert (end.status, each.status) == ("complete", "complete"), (end.reason, each.reason)
+    assert end.plan.origin["recovery"]["facts"]["trained_blocks"] == 2
+    assert each.plan.origin["recovery"]["facts"]["trainings"] == 2
+    assert [p["tokens"] for p in each.plan.origin["recovery"]["curve"]][-1] == 64
+    assert sum(bool(r.own) for r in each.plan.blocks) == 2
+    assert end.measurements[0].value != each.measurements[0].value
+
+
+def test_what_a_method_leaves_beside_its_checkpoints_is_kept_with_the_plan(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    file = study(tmp_path, model, text, 'recovery = ["leaves"]\ndense = false')
+    run_study(file, tmp_path / "run", plugins_with(recovery_methods=[Leaves()]))
+    (kept,) = (tmp_path / "run" / "plans").glob("*.packed.bin")
+    assert kept.read_text() == "bits"
+    assert not list((tmp_path / "run" / "training").iterdir())

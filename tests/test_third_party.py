@@ -69,7 +69,7 @@ def test_it_is_in_the_catalogue_with_its_distribution_and_version(site: Path) ->
     assert (metric["kind"], metric["distribution"], metric["version"]) == ("metric", "flexi-example-metric", "1.2.3")
     assert metric["options"] == {"exponent": 0.5}
     refused = [p for p in listed["incompatible"] if p["metric"] == "example-energy"]
-    assert {p["strategy"] for p in refused} == {"least-squares-merge", "remove-blocks", "share-lora"}
+    assert {p["strategy"] for p in refused} == {"extend", "least-squares-merge", "remove-blocks", "share-lora"}
     assert "wants block scores" in refused[0]["reason"]
     assert listed["problems"] == []
 

@@ -4,10 +4,10 @@ From the paper's overview figure, since the released code trains nothing and the
 the original's state in front of the group enters the merged block, a KL loss compares what comes out with the original's
 state behind the group, and the merged block alone is optimised. Our reading: KL(original || block) over softmaxed hidden
 channels, times T^2 as in Hinton and others (arXiv 1503.02531), mean over the tokens that predict a target; all weights of a
-block at full rank, with AdamW; after all merges. What "single-process" and "multi-process" post-training are is not
-explained: blocks that the original feeds are independent, and how many are trained at once changes time and memory alone;
-``input = "student"`` has them feed each other. Where Prune&Comp's gains scale the stream, the state behind a block is
-compared as the next block receives it.
+block at full rank, with AdamW. What "single-process" and "multi-process" post-training are is not explained: one reading is
+one training after all merges or one after each (``when``); another, since blocks that the original feeds are independent,
+how many are trained at once, which changes time and memory alone. ``input = "student"`` has them feed each other. Where
+Prune&Comp's gains scale the stream, the state behind a block is compared as the next block receives it.
 
 The budget: each token of text passes each trained block once, forward and backward, whether blocks are trained together
 or one after another. The original's own forward passes are not in it.
@@ -50,16 +50,19 @@ class Distill(TrainingOptions):
 
     loss: on the residual stream behind a block. temperature: of the softmax. input: what enters a block, the original's
     state or what the pruned model gives it; with "student" gradients pass the whole model, so that early blocks learn for
-    late ones too. blocks: which are trained: those that stand for more than one original block, these and all that are not
-    what they were, or all; blocks that lend their weights to others stay as they are. logit_weight: of the KL between
-    both models' next-token distributions, where the whole model runs. memory: GiB that weights, gradients and moments of
-    the blocks trained at once may take (one block may take more); the original passes the text once for each such group.
-    The gradient is not clipped unless asked for: one norm would tie independent blocks together.
+    late ones too. when: once at the end, or behind each merge of a progressive strategy on an equal share of the text, so
+    that the next merge is chosen by the scores of the trained model. blocks: which are trained: those that stand for more
+    than one original block, these and all that are not what they were, or all; blocks that lend their weights to others
+    stay as they are. logit_weight: of the KL between both models' next-token distributions, where the whole model runs.
+    memory: GiB that weights, gradients and moments of the blocks trained at once may take (one block may take more); the
+    original passes the text once for each such group. The gradient is not clipped unless asked for: one norm would tie
+    independent blocks together.
     """
 
     loss: Kind = "kl"
     temperature: float = 1.0
     input: Literal["teacher", "student"] = "teacher"
+    when: Literal["end", "each"] = "end"
     blocks: Literal["merged", "changed", "all"] = "merged"
     logit_weight: float = 0.0
     memory: float = 4.0
@@ -67,6 +70,11 @@ class Distill(TrainingOptions):
 
     name: ClassVar[str] = "distill"
     paper: ClassVar[str] = "CoMe, arXiv 2510.15304"
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether it trains behind every merge."""
+        return self.when == "each"
 
     def problems(self) -> Iterator[str]:
         """Yield what is wrong with each option."""
