@@ -15,7 +15,6 @@ from flexi_plugins.errors import FlexiError
 from flexi_plugins.hookspecs import Recovered, RecoveryRequest
 from flexi_plugins.pruner import Pruner
 
-
 MERGES = '{ name = "concat-merge", merges = 2 }'
 
 
