@@ -10,6 +10,8 @@
 #   make bench-7b              a LLaMA-7B of random weights scored and pruned in 4 GiB (needs 30 GB of disk)
 #   make bench-scaling         the cost of a sweep against the number of its plans and blocks
 #   make bench-speculation     self-speculative decoding against plain decoding of the same pruned model
+#   make bench-training        the lora recovery beside plain transformers and peft
+#   make bench-distill-7b      one merged block of a LLaMA-7B of random weights distilled, and its memory
 #   make bench-page            results/bench/README.md from what the benches measured
 #   make test-oldest           the engine's tests on the oldest releases that pyproject.toml allows
 #   make clean                 remove the virtual environment and build leftovers (runs/ stays)
@@ -24,7 +26,7 @@ ENGINE_TESTS := tests/test_sweep.py tests/test_streaming.py tests/test_packing.p
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint publish readme install clean verify-engine bench-grid bench-scoring bench-7b bench-scaling bench-speculation bench-page test-oldest
+.PHONY: demo test lint publish readme install clean verify-engine bench-grid bench-scoring bench-7b bench-scaling bench-speculation bench-training bench-distill-7b bench-page test-oldest
 .DEFAULT_GOAL := demo
 
 install: $(INSTALLED)
@@ -83,6 +85,12 @@ bench-scaling: $(INSTALLED)
 
 bench-speculation: $(INSTALLED)
 	$(BIN)/python tests/bench/speculation.py
+
+bench-training: $(INSTALLED)
+	$(BIN)/python tests/bench/training.py
+
+bench-distill-7b: $(INSTALLED)
+	$(BIN)/python tests/bench/distill_7b.py
 
 bench-page: $(INSTALLED)
 	$(BIN)/python tests/bench/page.py

@@ -382,3 +382,44 @@ def test_what_a_batch_says_of_its_sequences_stands_in_their_places():
     states = {"input": nothing, "middle": nothing, "output": nothing, "before": (), "last": nothing}
     trace = BlockTrace(0, 1, 1, **states, **seen, sequences=range(1, 3), total=4)
     assert trace.among_all(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).tolist() == [[0, 0], [1, 2], [3, 4], [0, 0]]
+
+
+# ------------------------------------------------------------------------------- what the papers leave out
+
+
+def test_adapters_can_start_at_a_zero_product():
+    """As many of them as at the SVD's start, and the block runs with its donor's maps."""
+    own, method = pruner(), ShareLora(blocks=2, adapters="zero")
+    planned, svd = own.make(KnownScores(), method, 0.0), own.make(KnownScores(), ShareLora(blocks=2), 0.0)
+    assert {n: t.shape for n, t in planned.attached.items()} == {n: t.shape for n, t in svd.attached.items()}
+    for name, tensor in planned.attached.items():
+        if name.endswith("lora_a"):
+            assert not tensor.any()
+        if name.endswith("lora_b"):
+            assert torch.allclose(tensor @ tensor.T, torch.eye(len(tensor)), atol=1e-5)
+    again = own.make(KnownScores(), method, 0.0)
+    assert all(torch.equal(tensor, again.attached[name]) for name, tensor in planned.attached.items())
+
+
+def test_outputs_need_not_be_normalised():
+    own = pruner()
+    planned = own.make(KnownScores(), ShareLora(blocks=2, output_norm=False), 0.0)
+    normalised = own.make(KnownScores(), ShareLora(blocks=2), 0.0)
+    assert not any(r.output_norm for r in planned.plan.blocks)
+    assert not [name for name in planned.attached if name.endswith("output_norm")]
+    shape = planned.plan.shape
+    assert normalised.plan.stored_parameters - planned.plan.stored_parameters == 2 * 2 * shape.hidden
+    assert bool(own.model(planned)(own.texts[0][:1, :8]).logits.isfinite().all())
+
+
+def test_one_form_of_saaps_scores_alone_is_its_own_term_of_both():
+    vector, element = [torch.rand(3, 4), torch.rand(3, 5)], [torch.rand(3, 4), torch.rand(3, 5)]
+    fused, alone = (
+        saap.Saap().fused(vector, element),
+        [saap.Saap(form=f).fused(vector, element) for f in ("vector", "element")],
+    )
+    for both, *single in zip(fused, *alone, strict=True):
+        assert torch.allclose(both[0], single[0][0] + single[1][0])
+        assert both[1] == pytest.approx(single[0][1] + single[1][1])
+    mean = torch.cat([v.flatten() for v in vector]).mean()
+    assert torch.allclose(alone[0][0][0], vector[0] / (2 * mean))

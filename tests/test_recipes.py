@@ -75,7 +75,8 @@ def test_a_recipe_is_a_study_that_can_run(path: Path, plugins: Plugins) -> None:
     """Every name and option exists, every metric goes with every strategy, and every ratio is within reach."""
     study = read_study(path, plugins)
     assert study.name == path.stem
-    assert [method.name for method in study.recovery] == ["none"]
+    trained = path.stem.startswith("extend-") or path.stem.endswith("-smollm2")
+    assert trained or [method.name for method in study.recovery] == ["none"]
     shape = shape_of(study)
     for metric, replacement, ratios in study.combinations:
         strategy = plugins.get("strategy", replacement.name, replacement.options)

@@ -109,6 +109,7 @@ def _effect(terms: Tensor, order: Order) -> Tensor:
 class Saap:
     """Uncertainty-fused Taylor scores with a stability indicator; lambda 0 is fusion alone."""
 
+    form: Literal["fused", "vector", "element"] = "fused"  # both Taylor scores, or one of them alone, for comparison
     fluctuation: Literal["samples", "units", "rates"] = "samples"  # the reading of what fluctuates, see above
     order: Order = "first"
     stability: float = 0.1  # lambda: weight of the fluctuation in the keep score
@@ -143,7 +144,10 @@ class Saap:
         )
 
     def fused(self, vector: Sequence[Tensor], element: Sequence[Tensor]) -> list[tuple[Tensor, float]]:
-        """Return per block the weighted scores V / (2 s_v) + E / (2 s_e), (samples, units), and the offset log(s_v s_e) / 2."""
+        """Return per block the weighted scores V / (2 s_v) + E / (2 s_e), (samples, units), and the offset log(s_v s_e) / 2.
+
+        Of one form alone: its own term of both.
+        """
         import math
 
         import torch
@@ -154,7 +158,10 @@ class Saap:
             v, e = torch.cat([vector[b].flatten() for b in scope]), torch.cat([element[b].flatten() for b in scope])
             s_v, s_e = noise(v, e, self.sigma) if v.numel() else (1.0, 1.0)
             for b in scope:
-                result[b] = (vector[b] / (2 * s_v) + element[b] / (2 * s_e), 0.5 * math.log(s_v * s_e))
+                terms = {"vector": (vector[b], s_v), "element": (element[b], s_e)}
+                chosen = terms.values() if self.form == "fused" else [terms[self.form]]
+                weighted = torch.stack([score / (2 * s) for score, s in chosen]).sum(0)
+                result[b] = weighted, sum(0.5 * math.log(s) for _, s in chosen)
         return [result[b] for b in range(len(vector))]
 
     def keep(self, weighted: Tensor, offset: Tensor) -> Tensor:

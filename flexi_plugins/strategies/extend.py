@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 from flexi_plugins.data import ModelShape, PruningPlan
 from flexi_plugins.errors import FlexiError, unknown
 from flexi_plugins.hookspecs import Budget, PruningRequest, ReplacementStrategy, TensorRequest, hookimpl
+from flexi_plugins.strategies.share_lora import zero_adapter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -164,8 +165,7 @@ def spans_reaching(count: int, blocks: int) -> list[tuple[int, int]]:
 def extension_tensors(request: TensorRequest, gain: float) -> dict[str, Tensor]:
     """Return what the repetitions of ``request.plan`` run with beside old weights, where it is not attached yet.
 
-    ``ROLE.lora_a``: zeros (rows, rank); ``ROLE.lora_b``: orthonormal rows (rank, columns), drawn with ``request.seed``;
-    so the product is zero and the gradient of A is not. Rank is at most that of the map. Output norms: ``gain``,
+    ``ROLE.lora_a`` and ``ROLE.lora_b``: see ``zero_adapter``, drawn with ``request.seed``. Output norms: ``gain``,
     (hidden,). All in the weights' dtype. A repetition is a block that shares its own weights.
     """
     import torch
@@ -179,11 +179,10 @@ def extension_tensors(request: TensorRequest, gain: float) -> dict[str, Tensor]:
         weights, maps = request.weights.block(source), shape.maps(shape.blocks[source])
         dtype = weights[next(iter(maps))].dtype
         for role, (rows, columns) in maps.items():
-            rank = min(recipe.rank, rows, columns)
-            if rank:
-                basis, _ = torch.linalg.qr(torch.randn(columns, rank, generator=generator))  # (columns, rank)
-                made[f"blocks.{position}.{role}.lora_a"] = torch.zeros(rows, rank, dtype=dtype)
-                made[f"blocks.{position}.{role}.lora_b"] = basis.T.contiguous().to(dtype)
+            if recipe.rank:
+                a, b = zero_adapter(rows, columns, recipe.rank, generator)
+                made[f"blocks.{position}.{role}.lora_a"] = a.to(dtype)
+                made[f"blocks.{position}.{role}.lora_b"] = b.to(dtype)
         for part, exit_map in (("attention", "attention_output"), ("mlp", "down")):
             if exit_map in maps:
                 made[f"blocks.{position}.{part}.output_norm"] = torch.full((shape.hidden,), gain, dtype=dtype)

@@ -5,7 +5,9 @@ i's: d(W_i, W_j) = ||W^_i - (W^_j + D_ij)||_F, W^ the rank-r reconstruction, D_i
 W^_i - W^_j (eq. 2-4), summed over all linear maps (the paper defines d for one matrix, not how it adds up). Its two
 ablations (figures 2b and 2c) are options: W in the place of W^, and the plain distance ||W_i - W_j||_F.
 Adapters start at the SVD of the full difference W_i - W_j; both sub-layers' outputs are normalised with a small gain,
-of which the paper says no more than that it was tuned: it can be chosen by the loss on the calibration text.
+of which the paper says no more than that it was tuned: it can be chosen by the loss on the calibration text. The other
+two of its ablations (table 4, whose words are all that is known of them) are options too: adapters that start at a zero
+product, and no normalisation.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from flexi_plugins.errors import FlexiError
 from flexi_plugins.hookspecs import Budget, PruningRequest, ReplacementStrategy, TensorRequest, Weights, hookimpl
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
 
 SvdMethod = Literal["auto", "exact", "randomised"]
 """How weights are factorised, see ``numerics.truncated_svd``."""
@@ -41,6 +43,8 @@ class ShareLora:
         0.01  # start of gamma; calibrated: of GAINS the one with the lowest loss
     )
     donor: DonorDistance = "reconstruction"
+    adapters: Literal["svd", "zero"] = "svd"  # how they start: at the SVD of the difference, or at a zero product
+    output_norm: bool = True  # whether both sub-layers' outputs are normalised; without, there is no gain
     svd: SvdMethod = "auto"  # auto: exact on small matrices, randomised on large ones
     protect_first: int = 0
     protect_last: int = 0
@@ -91,7 +95,8 @@ class ShareLora:
         for block in gone:
             donors = [j for j, s in enumerate(shape.blocks) if j not in gone and s == shape.blocks[block]]
             donor = nearest[block] if weights else donors[0]
-            blocks[block] = BlockRecipe(parts=(Part(block),), shares=donor, rank=self._rank(shape), output_norm=True)
+            own = {"rank": self._rank(shape), "output_norm": self.output_norm}
+            blocks[block] = BlockRecipe(parts=(Part(block),), shares=donor, **own)
         return PruningPlan(shape, tuple(blocks))
 
     def _nearest(self, gone: Sequence[int], weights: Weights, shape: ModelShape) -> dict[int, int]:
@@ -107,22 +112,33 @@ class ShareLora:
 
     def tensors(self, request: TensorRequest) -> dict[str, Tensor]:
         """Return adapters from the SVD of W_i - W_j (eq. 7-8: singular values on A) and constant output gains."""
+        made = self._adapters(request)
+        if not self.output_norm:
+            return made
+        if self.output_gain != "calibrated":
+            return made | self._gains(request, made, self.output_gain)
+        candidates = [made | self._gains(request, made, gain) for gain in GAINS]
+        losses = request.quality([request.plan] * len(GAINS), "loss", candidates)
+        return candidates[min(range(len(GAINS)), key=losses.__getitem__)]
+
+    def _adapters(self, request: TensorRequest) -> dict[str, Tensor]:
+        import torch
+
         made: dict[str, Tensor] = {}
-        plan, weights = request.plan, request.weights
+        plan, weights, generator = request.plan, request.weights, torch.Generator().manual_seed(request.seed)
         for position, recipe in enumerate(plan.blocks):
             if recipe.shares is None or not recipe.rank:
                 continue
             source = recipe.parts[0].source
-            for role in plan.shape.maps(plan.shape.blocks[source]):
+            for role, (rows, columns) in plan.shape.maps(plan.shape.blocks[source]).items():
                 own = linear_map(weights, source, role)
-                a, b = difference_adapter(own, linear_map(weights, recipe.shares, role), recipe.rank, self.svd)
+                if self.adapters == "zero":
+                    a, b = zero_adapter(rows, columns, recipe.rank, generator)
+                else:
+                    a, b = difference_adapter(own, linear_map(weights, recipe.shares, role), recipe.rank, self.svd)
                 made[f"blocks.{position}.{role}.lora_a"] = a.to(own.dtype)
                 made[f"blocks.{position}.{role}.lora_b"] = b.to(own.dtype)
-        if self.output_gain != "calibrated":
-            return made | self._gains(request, made, self.output_gain)
-        candidates = [made | self._gains(request, made, gain) for gain in GAINS]
-        losses = request.quality([plan] * len(GAINS), "loss", candidates)
-        return candidates[min(range(len(GAINS)), key=losses.__getitem__)]
+        return made
 
     def _gains(self, request: TensorRequest, adapters: dict[str, Tensor], gain: float) -> dict[str, Tensor]:
         """Return gamma of both sub-layers of every sharing block: (hidden,), in the weights' dtype."""
@@ -152,6 +168,18 @@ def difference_adapter(weight: Tensor, donor: Tensor, rank: int, svd: SvdMethod 
 
     u, s, v = truncated_svd(weight.float() - donor, rank, svd)
     return u * s, v.T.contiguous()
+
+
+def zero_adapter(rows: int, columns: int, rank: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Return A = 0 (rows, r) and B (r, columns) with orthonormal rows, drawn; r is at most the rank of a map.
+
+    The product is zero, and the gradient of A is not.
+    """
+    import torch
+
+    rank = min(rank, rows, columns)
+    basis, _ = torch.linalg.qr(torch.randn(columns, rank, generator=generator))  # (columns, rank)
+    return torch.zeros(rows, rank), basis.T.contiguous()
 
 
 def donor_distances(

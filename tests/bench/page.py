@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import distill_7b
 import seven_b
 from common import RESULTS, table
 
@@ -61,6 +62,25 @@ def speculation(found: Figures) -> str:
     )
 
 
+def training(found: Figures) -> str:
+    """Return the lora recovery beside transformers and peft alone."""
+    rows = [row for row in found["rows"] if row["round"]]
+    return (
+        f"{table(rows)}\n\nMedian ratio: {found['ratio']:.3f}, to reach 1. {found['tokens']} tokens in windows of "
+        f"{found['length']}, {found['tokens_a_step']} a step, rank {found['rank']}, {found['dtype']}. The loss of ours is the "
+        "mean over the training, as transformers' is."
+    )
+
+
+def distillation(found: Figures) -> str:
+    """Return what it takes to distil one merged block of a LLaMA-7B of random weights."""
+    peak, most = found["peak_gib"], found["most_gib"]
+    verdict = "met" if peak <= most else "missed"
+    return (
+        f"{table([distill_7b.row(found)])}\n\n{distill_7b.EXPLANATION}\n\nTo reach: {most:g} GiB resident; {verdict}."
+    )
+
+
 SECTIONS: dict[str, tuple[str, str, Callable[[Figures], str]]] = {
     "grid": ("A grid in one sweep, against stock lm-eval once a model", "bench-grid", grid),
     "scoring": ("All metrics together, against the slowest alone", "bench-scoring", scoring),
@@ -71,6 +91,8 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Figures], str]]] = {
         lambda found: "See [scaling.md](scaling.md).\n\n![Sweep time](scaling.svg)",
     ),
     "speculation": ("Self-speculative decoding of a FlexiGPT model", "bench-speculation", speculation),
+    "training": ("The lora recovery, beside transformers and peft alone", "bench-training", training),
+    "distill_7b": ("One merged block of LLaMA-7B's shapes, distilled", "bench-distill-7b", distillation),
     "verify-engine": (
         "The same answers as stock lm-eval",
         "verify-engine",
