@@ -402,8 +402,8 @@ class RecoveryRequest:
     that was made by the same call, training goes on from it. Files directly in it are kept beside the recovered model, its
     subfolders are not. teacher(ids, blocks): for a batch of windows of ids (rows, tokens) the original model's residual
     stream behind each of these blocks, (rows, tokens, hidden) in the compute dtype; -1 is in front of the first block.
-    progress(title, total): a context manager that yields ``advance(n)``; say(text). device, dtype: where and in what to
-    compute; weights are trained in float32 where dtype is lower.
+    progress(title, total): a context manager that yields ``advance(n, note="")``; say(text). device, dtype: where and in
+    what to compute; weights are trained in float32 where dtype is lower.
     """
 
     model: torch.nn.Module

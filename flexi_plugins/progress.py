@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-Advance = Callable[[int], None]
+Advance = Callable[..., None]
+"""advance(n=1, note=""): so many steps more are done; the note is shown beside them until the next one."""
 SECONDS_BETWEEN_LINES = 20
 
 
@@ -31,8 +32,8 @@ class Progress:
             with self._bar() as bar:
                 task: Any = bar.add_task(title, total=total)
 
-                def advance(n: int = 1) -> None:
-                    bar.advance(task, n)
+                def advance(n: int = 1, note: str = "") -> None:
+                    bar.update(task, advance=n, description=f"{title}: {note}" if note else title)
 
                 yield advance
         else:
@@ -69,11 +70,12 @@ class _Lines:
         self.done = 0
         self.start = self.last = time.monotonic()
 
-    def __call__(self, n: int = 1) -> None:
+    def __call__(self, n: int = 1, note: str = "") -> None:
         self.done += n
         now = time.monotonic()
         if not self.total or now - self.last < SECONDS_BETWEEN_LINES or self.done >= self.total:
             return
         self.last = now
         left = (now - self.start) * (self.total - self.done) / self.done
-        self.say(f"{self.title}: {self.done / self.total:.0%}, about {left:.0f} s left")
+        shown = f"{self.title}: {note}" if note else self.title
+        self.say(f"{shown}: {self.done / self.total:.0%}, about {left:.0f} s left")

@@ -245,7 +245,7 @@ def test_the_defaults_train_as_many_parameters_as_qa_lora_says(hidden, channels,
 
 @contextmanager
 def stage(title: str, total: int | None = None) -> Iterator[Any]:
-    yield lambda n: None
+    yield lambda n, note="": None
 
 
 def asked(model: nn.Module, folder: Path, ids: Tensor | None = None, **changes: Any) -> RecoveryRequest:

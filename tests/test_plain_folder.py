@@ -50,20 +50,39 @@ def flexi(*arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+TRAINED = [
+    "--method",
+    "lora",
+    "--training-corpus",
+    "wikitext2",
+    "--length",
+    "128",
+    "--tokens",
+    "1024",
+    "--held-out",
+    "1",
+]
+
+
 @pytest.mark.skipif(
     not os.environ.get("FLEXI_DATA"), reason="FLEXI_DATA is not set: it names the folder with local tasks/"
 )
-def test_stock_lm_eval_gives_a_merged_model_the_answers_of_the_harness(tmp_path: Path) -> None:
+@pytest.mark.parametrize("trained", [False, True], ids=["merged", "merged and recovered"])
+def test_stock_lm_eval_gives_a_plain_folder_the_answers_of_the_harness(trained: bool, tmp_path: Path) -> None:
     data, folder = os.environ["FLEXI_DATA"], tmp_path / "merged"
     method = ["--metric", "come", "--strategy", "concat-merge", "--ratio", "0.1"]
-    said = json.loads(flexi("prune", *method, "-o", str(folder), "--json"))
+    command = ["recover", *method, *TRAINED, "--data", data] if trained else ["prune", *method]
+    said = json.loads(flexi(*command, "-o", str(folder), "--json"))
     assert said["plain"]
     assert said["ratio"] >= 0.1
+    if trained:
+        first, *_, last = said["recovery"]["curve"]
+        assert last["held_out_loss"] < first["held_out_loss"]
 
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    command = [sys.executable, "-c", STOCK, str(folder), data, str(scratch), str(DOCUMENTS)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    stock_run = [sys.executable, "-c", STOCK, str(folder), data, str(scratch), str(DOCUMENTS)]
+    done = subprocess.run(stock_run, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     stock = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))[7:])
     assert stock["class"] == "LlamaForCausalLM"

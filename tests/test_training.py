@@ -58,7 +58,7 @@ def killed_after(limit: int, kill: Callable[[], None]) -> Callable[..., Any]:
     def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
         passed = 0
 
-        def advance(count: int) -> None:
+        def advance(count: int, note: str = "") -> None:
             nonlocal passed
             passed += count
             if passed >= limit:
@@ -236,12 +236,13 @@ def test_the_budget_is_spent_once_in_the_order_of_the_text(tmp_path: Path) -> No
     @contextmanager
     def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
         assert total == 7 * LENGTH
-        yield advanced.append
+        yield lambda count, note: advanced.append((count, note))
 
     request = ask(tmp_path, tokens=7 * LENGTH + 5, progress=progress, say=said.append)
     _, trained = learn(request, loss=watched)
     assert torch.equal(torch.cat(watched.ids), request.text.ids[:7])
-    assert trained.facts["trained_tokens"] == sum(advanced) == 7 * LENGTH
+    assert trained.facts["trained_tokens"] == sum(count for count, _ in advanced) == 7 * LENGTH
+    assert advanced[-1][1].startswith("84 of 84 tokens, loss ")
     assert [point["tokens"] for point in trained.curve] == [0, 2 * STEP, 7 * LENGTH]
     assert "loss" not in trained.curve[0]
     assert "84 of 84 tokens, loss " in said[-1]

@@ -324,7 +324,7 @@ class _Run:
     ) -> None:
         self.request, self.options, self.who, self.steps = request, options, who, steps
         self.loss, self.measure = loss, measure
-        self.advance: Callable[[int], None] = lambda tokens: None
+        self.advance: Callable[..., None] = lambda tokens, note="": None
         self.sums: Any = 0.0  # (2,): summed loss, and targets, since the last point of the curve
         self.begun = (0.0, 0)  # clock, tokens
         self.stopped: tuple[int, str] | None = None  # step, reason
@@ -483,10 +483,13 @@ class _Listener:
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Look at one step; all processes see the same sums, so that they stop together."""
         run, step = self.run, state.global_step
-        run.advance(run.steps.tokens(step) - run.steps.tokens(step - 1))
+        total, targets = self.reduce(run.sums).tolist()
+        passed, every = run.steps.tokens(step), run.steps.tokens(run.steps.total)
+        run.advance(
+            passed - run.steps.tokens(step - 1), f"{passed:,} of {every:,} tokens, loss {total / max(1, targets):.4f}"
+        )
         if step >= state.max_steps:
             control.should_evaluate = True
-        total = float(self.reduce(run.sums)[0])
         if not math.isfinite(total):
             run.stop(control, step, "the training loss was not finite")
 
