@@ -48,7 +48,7 @@ def text(windows: int = 16, seed: int = 0) -> TrainingText:
 
 @contextmanager
 def silent(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    yield lambda count: None
+    yield lambda count, note="": None
 
 
 def killed_after(limit: int, kill: Callable[[], None]) -> Callable[..., Any]:
