@@ -338,6 +338,8 @@ def _row(record: Record) -> dict[str, Any]:
     row |= {"status": record.status, "reason": record.reason, "options": cell.options}
     if record.plan:
         row |= {name: getattr(record.plan, name) for name in SIZES} | {"true_ratio": record.plan.ratio}
+        notes = record.plan.origin.get("recovery", {}).get("notes")
+        row |= {"recovery_note": "; ".join(notes)} if notes else {}
     for measurement in record.measurements:
         row.setdefault(measurement.name, measurement.value)
         extra = {"stderr": measurement.standard_error, "chance": measurement.chance}

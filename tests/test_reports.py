@@ -24,10 +24,12 @@ PLUGIN = PluginVersion("metric", "come", "flexi-plugins", "0.1.0")
 PERPLEXITY = "wikitext2_ppl@2048"
 
 
-def record(metric, strategy, ratio=0.2, seed=0, perplexity=50.0, accuracy=0.4, options=None, **changes):
+def record(
+    metric, strategy, ratio=0.2, seed=0, perplexity=50.0, accuracy=0.4, options=None, recovery="none", **changes
+):
     everywhere = {"calibration": {"windows": 64}, "evaluation": {"window": 2048}}
     text = json.dumps({**everywhere, **(options or {})}, sort_keys=True)
-    cell = Cell("tiny", "f" * 64, "c" * 64, metric, strategy, ratio, "none", seed, text, (PLUGIN,))
+    cell = Cell("tiny", "f" * 64, "c" * 64, metric, strategy, ratio, recovery, seed, text, (PLUGIN,))
     measurements = (
         Measurement(PERPLEXITY, perplexity, False, 0.5),
         Measurement("boolq_choice_logprob", -0.6, True),
@@ -123,6 +125,44 @@ def test_options_tell_rows_apart_and_are_not_taken_for_seeds():
     rows = table(page, "Quality at ratio 0.2")[1:]
     assert sorted(r["variant"] for r in rows) == ["repeat=false", "repeat=true"]
     assert "- strategy concat-merge: pairs own" in page
+
+
+def trained(metric, strategy, perplexity, notes=(), **options):
+    plan = replace(PruningPlan.keep(SHAPE, range(8)), origin={"recovery": {"notes": list(notes), "curve": []}})
+    text = {"recovery": {"rank": 8, **options}, "training": {"tokens": 64}}
+    return record(metric, strategy, perplexity=perplexity, recovery="lora", options=text, plan=plan)
+
+
+def test_training_stands_beside_what_was_there_before_it():
+    plain = [record("come", "remove-units", perplexity=50.0), record("saap", "remove-blocks", perplexity=40.0)]
+    page = markdown(
+        [
+            dense(),
+            *plain,
+            trained("come", "remove-units", 25.0),
+            trained("saap", "remove-blocks", 42.0, ["lora: no state had a lower held-out loss than the start"]),
+            trained("come", "concat-merge", 30.0),  # nothing to compare it with
+        ]
+    )
+    rows = table(page, "Before and after training")
+    assert [(r["metric"], r["recovery"], r["after / before"]) for r in rows] == [
+        ("come", "lora", "0.500"),
+        ("saap", "lora", "1.050"),
+    ]
+    assert rows[0][f"{PERPLEXITY} before"] == "50.00 ± 0.500"
+    assert rows[0][f"{PERPLEXITY} after"] == "25.00 ± 0.500"
+    assert "- Training lowers wikitext2_ppl@2048 in 1 of 2 cells." in page
+    assert (
+        "- Not in saap x remove-blocks x lora at 0.2: lora: no state had a lower held-out loss than the start." in page
+    )
+    assert "Before and after" not in markdown(RECORDS)
+
+
+def test_what_belongs_to_training_tells_no_untrained_method_apart():
+    one, other = trained("come", "remove-units", 25.0, rank=4), trained("come", "remove-units", 26.0, rank=16)
+    page = markdown([record("come", "remove-units"), one, other])
+    rows = table(page, "Quality at ratio 0.2")
+    assert [(r["recovery"], r["variant"]) for r in rows] == [("lora", "rank=4"), ("lora", "rank=16"), ("none", "")]
 
 
 def test_the_head_says_where_the_numbers_come_from():

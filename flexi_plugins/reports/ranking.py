@@ -119,6 +119,8 @@ def _together(group: Sequence[Row], names: Sequence[str]) -> Row:
     """Return the mean of one method's seeds, with standard deviations where there are several."""
     row: Row = {name: group[0][name] for name in (*METHOD, "status", "reason", "options")}
     row |= {"variant": "", "seeds": " ".join(str(r["seed"]) for r in group)}
+    notes = [r["recovery_note"] for r in group if isinstance(r.get("recovery_note"), str)]
+    row |= {"recovery_note": "; ".join(dict.fromkeys(notes))} if notes else {}
     for name in (*SIZES, *names, *(f"{n}_stderr" for n in names), *(f"{n}_chance" for n in names)):
         values = [v for v in (number(r, name) for r in group) if not math.isnan(v)]
         if values:
@@ -151,6 +153,24 @@ def _tell_apart(methods: Sequence[Row]) -> None:
         families.setdefault((row["model"], str(row["metric"]), str(row["strategy"])), []).append(row)
     for family in families.values():
         options = [flat_options(row["options"]) for row in family]
-        differing = [n for n in dict.fromkeys(n for o in options for n in o) if len({o.get(n) for o in options}) > 1]
         for row, own in zip(family, options, strict=True):
-            row["variant"] = ", ".join(f"{n.rpartition('.')[2]}={own[n]}" for n in differing if n in own)
+            alike = [o for r, o in zip(family, options, strict=True) if r["recovery"] == row["recovery"]]
+            differing = [n for n in own if len({o.get(n) for o in (alike if _of_training(n) else options)}) > 1]
+            row["variant"] = ", ".join(f"{n.rpartition('.')[2]}={own[n]}" for n in differing)
+
+
+def recovered(methods: Sequence[Row]) -> list[tuple[Row, Row]]:
+    """Return every method that was trained behind the same one before it was, where both have a result."""
+    before = {_untrained(row): row for row in methods if row["recovery"] == "none"}
+    return [
+        (before[_untrained(row)], row) for row in methods if row["recovery"] != "none" and _untrained(row) in before
+    ]
+
+
+def _untrained(row: Row) -> tuple[Any, ...]:
+    method = (str(row[name]) for name in METHOD if name != "recovery")
+    return *method, *sorted((n, v) for n, v in flat_options(row["options"]).items() if not _of_training(n))
+
+
+def _of_training(option: str) -> bool:
+    return option.startswith(("recovery.", "training."))

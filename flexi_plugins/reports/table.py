@@ -88,6 +88,7 @@ class Markdown:
             _bullets(_origin(rows)),
             _bullets(_caveats(rows, done, names)),
             *_quality(done, names),
+            *_recovery(done, names),
             *_speed(done, names),
             *_missing(rows.to_dict("records")),
             _bullets(_explanation(names)) if done else "No cell has a result yet.",
@@ -166,6 +167,35 @@ def _quality(done: Sequence[Row], names: Sequence[str]) -> list[str]:
     if not sections and done:
         sections = ["## Quality", *_tables(done, _identity(done), columns)]
     return sections
+
+
+def _recovery(done: Sequence[Row], names: Sequence[str]) -> list[str]:
+    """Return what training changed, method by method, and where it made perplexity no lower."""
+    pairs, perplexities = ranking.recovered(done), ranking.perplexities(names)[:1]
+    if not pairs or not perplexities:
+        return []
+    (first,) = perplexities
+    rows = [{**after, "before": before} for before, after in pairs]
+
+    def earlier(name: str) -> Callable[[Row], str]:
+        return lambda row: _number(name, figure)(row["before"])
+
+    def times(row: Row) -> str:
+        return figure(number(row, first) / number(row["before"], first))
+
+    worse = [r for r in rows if not number(r, first) < number(r["before"], first)]
+    said = [f"Training lowers {first} in {len(rows) - len(worse)} of {len(rows)} cells."]
+    said += [f"Not in {_label(r)}: {one_line(r.get('recovery_note')) or 'nothing was noted'}." for r in worse]
+    columns: list[Column] = [c for c in _identity(done) if c[0] not in ("#", "stored M")]
+    for name in (first, *ranking.choices(names)):
+        columns += [(f"{name} before", earlier(name)), (f"{name} after", _number(name, figure))]
+        columns += [("after / before", times)] if name == first else []
+    return ["## Before and after training", _bullets(said), markdown_table(rows, columns)]
+
+
+def _label(row: Row) -> str:
+    parts = (row["metric"], row["strategy"], row["variant"], row["recovery"])
+    return " x ".join(one_line(part) for part in parts if isinstance(part, str) and part) + f" at {row['ratio']:g}"
 
 
 def _speed(done: Sequence[Row], names: Sequence[str]) -> list[str]:
