@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import tempfile
 import weakref
 from collections.abc import Callable, Hashable
@@ -35,7 +36,7 @@ class States:
         """Store a tensor under a key that is not in use."""
         assert key not in self, f"states {key} are there already"
         if self.held + states.nbytes <= self.limit:
-            self._memory[key] = states
+            self._memory[key] = states if self.limit == float("inf") else _apart(states)
             self.held += states.nbytes
         else:
             self._disk[key] = self._write(states), states.to("meta")
@@ -96,3 +97,16 @@ class States:
             ) from error
         self.spilled += data.nbytes
         return offset
+
+
+def _apart(states: Tensor) -> Tensor:
+    """Return a copy, of what is not on a GPU, in pages of its own, which go back to the system with it.
+
+    Among what a block computes with, states that are kept leave holes in the allocator's memory that nothing fits into:
+    with a LLaMA-7B's, as much again as the states themselves.
+    """
+    if states.device.type != "cpu":
+        return states
+    buffer = mmap.mmap(-1, states.nbytes, access=mmap.ACCESS_COPY)  # private to the process
+    own = torch.frombuffer(buffer, dtype=states.dtype, count=states.numel()).view(states.shape)
+    return own.copy_(states)

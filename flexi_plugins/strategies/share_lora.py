@@ -164,9 +164,9 @@ def linear_map(weights: Weights, block: int, role: str) -> Tensor:
 
 def difference_adapter(weight: Tensor, donor: Tensor, rank: int, svd: SvdMethod = "auto") -> tuple[Tensor, Tensor]:
     """Return A = (U S)[:, :r] (rows, r) and B = V[:, :r]' (r, columns) of the SVD of weight - donor (eq. 7-8)."""
-    from flexi_plugins.numerics import truncated_svd
+    from flexi_plugins.numerics import difference, truncated_svd
 
-    u, s, v = truncated_svd(weight.float() - donor, rank, svd)
+    u, s, v = truncated_svd(difference(weight, donor), rank, svd)
     return u * s, v.T.contiguous()
 
 
@@ -232,11 +232,13 @@ def _plain_distances(
     """Return the Frobenius norm of W_i - W_j without its ``rank`` largest singular values, summed over the maps."""
     import torch
 
+    from flexi_plugins.numerics import difference
+
     distances = dict.fromkeys(map(frozenset, pairs), 0.0)
     for role in shape.maps(shape.blocks[pairs[0][0]]):
         for i, j in pairs:
-            difference = linear_map(weights, i, role).float() - linear_map(weights, j, role)
-            tail = torch.linalg.svdvals(difference)[rank:] if rank else difference
+            left = difference(linear_map(weights, i, role), linear_map(weights, j, role))
+            tail = torch.linalg.svdvals(left)[rank:] if rank else left
             distances[frozenset((i, j))] += float(torch.linalg.vector_norm(tail.double()))
     return distances
 
