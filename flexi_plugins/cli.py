@@ -263,17 +263,7 @@ def recover(
     setting = Training(training_corpus, length, tokens, held_out)
     pruner = _pruner(model, corpus, seed, data, dtype, device, memory)
     checkpoints = output.with_name(f"{output.name}.training")
-    made = _planned(pruner, asked)
-    if not getattr(chosen, "interleaved", False):
-        planned = pruner.recover(made, chosen, setting, checkpoints)
-    elif isinstance(asked, Path):
-        raise FlexiError(
-            f"recover: {method} with these options trains behind every step of a strategy; give --metric and --strategy in "
-            "the place of --plan"
-        )
-    else:
-        planned = pruner.make_recovered(made, *asked[:2], chosen, setting, checkpoints)
-    _write_model(pruner, planned, output, as_json)
+    _write_model(pruner, _recovered(pruner, asked, chosen, setting, checkpoints), output, as_json)
     for file in checkpoints.glob("*"):
         if file.is_file():
             shutil.move(file, output / file.name)
@@ -593,6 +583,21 @@ def _planned(pruner: Pruner, asked: Path | tuple[Any, Any, float]) -> Planned:
     if isinstance(asked, Path):
         return _read_plan(asked, pruner)
     return pruner.make(*asked, pruner.progress.say)
+
+
+def _recovered(
+    pruner: Pruner, asked: Path | tuple[Any, Any, float], method: Any, setting: Any, folder: Path
+) -> Planned:
+    """Train the model that is asked for; a method that trains behind every step plans it anew."""
+    made = _planned(pruner, asked)
+    if not getattr(method, "interleaved", False):
+        return pruner.recover(made, method, setting, folder)
+    if isinstance(asked, Path):
+        raise FlexiError(
+            f"recover: {method.name} with these options trains behind every step of a strategy; give --metric and --strategy "
+            "in the place of --plan"
+        )
+    return pruner.make_recovered(made, *asked[:2], method, setting, folder)
 
 
 def _write_model(pruner: Pruner, planned: Planned, output: Path, as_json: bool) -> None:

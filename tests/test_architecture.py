@@ -192,7 +192,7 @@ def test_there_are_at_most_two_levels_of_folders() -> None:
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_files_and_functions_stay_small(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").count("\n")
-    allowed = 850 if name_of(path) == "data" else 700  # all values in one file, to be read from top to bottom
+    allowed = 900 if name_of(path) == "data" else 700  # all values in one file, to be read from top to bottom
     assert lines <= allowed, f"{path} has {lines} lines"
     functions = (n for n in ast.walk(tree(path)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
     long = {f"{name_of(path)}.{f.name}": (f.end_lineno or 0) - f.lineno + 1 for f in functions}

@@ -183,7 +183,8 @@ def test_a_step_is_adamw_on_the_mean_over_all_targets_of_its_windows(tmp_path: P
     assert trained.curve[-1]["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
     for name, parameter in reference.named_parameters():
         assert parameter.grad is not None
-        decayed = parameter * (1 - 0.01 * 0.1) if parameter.dim() > 1 else parameter  # norms have no decay
+        before = parameter.detach()
+        decayed = before * (1 - 0.01 * 0.1) if before.dim() > 1 else before  # norms have no decay
         expected = decayed - 0.01 * parameter.grad / (parameter.grad.abs() + 1e-8)
         off = (found[name] - expected).abs()
         assert float(off.max()) < 5e-4, name  # where a gradient almost vanishes

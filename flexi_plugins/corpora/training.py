@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from flexi_plugins.corpora.windows import token_windows
 from flexi_plugins.data import digest
 from flexi_plugins.errors import FlexiError
@@ -30,6 +28,8 @@ def training_text(
     Without a seed they are the first ones. Raise a FlexiError where the text is too short, or where a document of an
     instruction corpus has no response.
     """
+    import torch
+
     marker = getattr(corpus, "response", None)
     if marker is None:
         windows, found = token_windows(corpus, split, data, tokenizer, length, count, seed)

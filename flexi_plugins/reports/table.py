@@ -88,7 +88,7 @@ class Markdown:
             _bullets(_origin(rows)),
             _bullets(_caveats(rows, done, names)),
             *_quality(done, names),
-            *_recovery(done, names),
+            *_recovery(ranking.methods(rows), names),
             *_speed(done, names),
             *_missing(rows.to_dict("records")),
             _bullets(_explanation(names)) if done else "No cell has a result yet.",
