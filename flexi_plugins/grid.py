@@ -11,7 +11,7 @@ from flexi_plugins.data import Cell, PluginVersion
 from flexi_plugins.execution.sweep import Planned
 from flexi_plugins.hookspecs import ImportanceMetric, Outcome, RecoveryMethod, ReplacementStrategy
 from flexi_plugins.plugins import Entry, Plugins, options_json, own_knob
-from flexi_plugins.pruner import Pruner
+from flexi_plugins.pruner import Pruner, Training
 from flexi_plugins.studyfile import StudyFile
 
 EVALUATION = "evaluation "  # heads the groups of a cell's options that its plan does not depend on
@@ -52,10 +52,10 @@ class Grid:
             trained = [(s, r) for s in self.file.seeds for r in self._recoveries() if _method(r)]
             works += [Work(self._cell(s, recovery=r), recovery=_method(r)) for s, r in trained]
         return works + [
-            Work(self._cell(seed, *combination, recovery), *(e.object for e in combination[:2]), _method(recovery))
+            Work(self._cell(seed, metric, strategy, ratio, r), metric.object, strategy.object, _method(r))
             for seed in self.file.seeds
-            for combination in combinations(self.file, self.plugins)
-            for recovery in self._recoveries()
+            for metric, strategy, ratio in combinations(self.file, self.plugins)
+            for r in self._recoveries()
         ]
 
     def _recoveries(self) -> list[Entry]:
@@ -81,7 +81,7 @@ class Grid:
             options["recovery"] = options_json(recovery.object)
             options["training"] = {
                 **self.file.training.model_dump(),
-                "text": pruner.training_texts(self.file.training)[2],
+                "text": pruner.training_texts(Training(**self.file.training.model_dump()))[2],
             }
             used.append(recovery)
         return Cell(

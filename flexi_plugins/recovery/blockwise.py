@@ -47,11 +47,11 @@ class Frame:
 
         body: Any = model.base_model
         blocks = blocks_of(model, plan)[1]
-        stand_ins = nn.ModuleList(nn.Identity() for _ in blocks)
-        for stand_in, block in zip(stand_ins, blocks, strict=True):
+        made: list[Any] = [nn.Identity() for _ in blocks]
+        for stand_in, block in zip(made, blocks, strict=True):
             stand_in.attention_type = getattr(block, "attention_type", None)  # bodies of some releases ask for it
             stand_in.register_forward_pre_hook(self._note, with_kwargs=True)
-        memo: dict[int, Any] = {id(blocks): stand_ins, id(body.get_input_embeddings()): nn.Identity()}
+        memo: dict[int, Any] = {id(blocks): nn.ModuleList(made), id(body.get_input_embeddings()): nn.Identity()}
         self._body = deepcopy(body, memo).to(device).eval()
         self._noted: list[dict[str, Any]] = []
 

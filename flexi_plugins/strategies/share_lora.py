@@ -95,8 +95,9 @@ class ShareLora:
         for block in gone:
             donors = [j for j, s in enumerate(shape.blocks) if j not in gone and s == shape.blocks[block]]
             donor = nearest[block] if weights else donors[0]
-            own = {"rank": self._rank(shape), "output_norm": self.output_norm}
-            blocks[block] = BlockRecipe(parts=(Part(block),), shares=donor, **own)
+            blocks[block] = BlockRecipe(
+                parts=(Part(block),), shares=donor, rank=self._rank(shape), output_norm=self.output_norm
+            )
         return PruningPlan(shape, tuple(blocks))
 
     def _nearest(self, gone: Sequence[int], weights: Weights, shape: ModelShape) -> dict[int, int]:
