@@ -24,7 +24,7 @@ from flexi_plugins.execution.blocks import Blocks
 from flexi_plugins.execution.layout import Layout
 from flexi_plugins.execution.likelihoods import likelihoods
 from flexi_plugins.execution.readout import Answer, Batch
-from flexi_plugins.execution.states import States
+from flexi_plugins.execution.states import LARGE, States
 from flexi_plugins.execution.sweep import Planned, Sweeper
 from flexi_plugins.metrics import come, flexigpt, saap
 from flexi_plugins.rewrite import with_digests, write_checkpoint
@@ -244,6 +244,25 @@ def test_spilled_states_leave_no_file_behind(tmp_path: Path) -> None:
     assert [float(states.get(n)[0]) for n in (7, 0, 4, 2, 1)] == [7, 0, 4, 2, 1]
     assert states.held == 0
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("limit", [float("inf"), 3 * LARGE])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_states_are_kept_apart_from_what_they_were_computed_in(limit: float, dtype: torch.dtype) -> None:
+    """In pages of their own, also of a view; what is small stays where it is."""
+    states = States(limit)
+    whole = torch.randn(4, LARGE // 8, 2).to(dtype)
+    large, small = whole[1:3].transpose(1, 2), torch.randn(2, 3, dtype=torch.float32)
+    expected = large.clone()
+    states.put("large", large)
+    states.put("small", small)
+    whole.zero_()
+    assert torch.equal(states.get("large"), expected)
+    assert states.get("small").data_ptr() == small.data_ptr()
+    assert states.held == expected.nbytes + small.nbytes
+    states.pop("large")
+    assert "large" not in states
+    assert states.held == small.nbytes
 
 
 def test_a_shard_that_changes_during_a_sweep_is_an_error_and_what_was_answered_stays(folder: Path) -> None:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from flexi_plugins.errors import FlexiError
 
+LARGE = 2**23  # bytes of states that have pages of their own; the system maps no more than some 65,000 at once
+
 
 class States:
     """Tensors by key. What does not fit in ``limit`` bytes is spilled to a file, which vanishes with the process.
@@ -36,7 +38,7 @@ class States:
         """Store a tensor under a key that is not in use."""
         assert key not in self, f"states {key} are there already"
         if self.held + states.nbytes <= self.limit:
-            self._memory[key] = states if self.limit == float("inf") else _apart(states)
+            self._memory[key] = _apart(states)
             self.held += states.nbytes
         else:
             self._disk[key] = self._write(states), states.to("meta")
@@ -100,13 +102,11 @@ class States:
 
 
 def _apart(states: Tensor) -> Tensor:
-    """Return a copy, of what is not on a GPU, in pages of its own, which go back to the system with it.
+    """Return a copy of large states, unless they are on a GPU, in pages of its own, which go back to the system with it.
 
-    Among what a block computes with, states that are kept leave holes in the allocator's memory that nothing fits into:
-    with a LLaMA-7B's, as much again as the states themselves.
+    Kept among what a block computes with, they would leave holes in the allocator's memory that nothing fits into.
     """
-    if states.device.type != "cpu":
+    if states.device.type != "cpu" or states.nbytes < LARGE:
         return states
-    buffer = mmap.mmap(-1, states.nbytes, access=mmap.ACCESS_COPY)  # private to the process
-    own = torch.frombuffer(buffer, dtype=states.dtype, count=states.numel()).view(states.shape)
-    return own.copy_(states)
+    pages = mmap.mmap(-1, states.nbytes, access=mmap.ACCESS_COPY)  # private to the process
+    return torch.frombuffer(pages, dtype=states.dtype).view(states.shape).copy_(states)
