@@ -201,7 +201,7 @@ def extend(
 
     \b
     Example: flexi extend --blocks 36 -o extended/
-    Example: flexi recover --metric none --strategy extend --strategy-option blocks=36 --method adapters -o extended/
+    Extended and trained at once: flexi recover --metric none --strategy extend --strategy-option blocks=36 --method adapters -o extended/
     """
     from flexi_plugins.plugins import Plugins
 

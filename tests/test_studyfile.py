@@ -131,7 +131,7 @@ def test_problems_are_found_before_torch_is_loaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ("", "ratios: field required"),
+        ("", "name: field required"),
         (
             "name = 'x'\nmodel = 'smollm2-135m'\nratios = [0.2]\nevaluation = [{evaluator = 'perplexity'}]",
             "expected metrics and strategies, or pairs, or all of them",

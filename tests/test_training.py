@@ -275,7 +275,7 @@ def test_the_curve_holds_means_over_the_tokens_since_the_last_point(tmp_path: Pa
 
     def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         value = next_token_loss(model, batch)
-        seen.append(float(value))
+        seen.append(float(value.detach()))
         return value
 
     watched.loss = loss
@@ -285,7 +285,7 @@ def test_the_curve_holds_means_over_the_tokens_since_the_last_point(tmp_path: Pa
     assert [point["loss"] for point in trained.curve[1:]] == pytest.approx(means, rel=1e-5)
     model = replaced(request.model, found)
     held_out = model(input_ids=request.held_out.ids, labels=request.held_out.labels).loss
-    assert trained.curve[-1]["held_out_loss"] == pytest.approx(float(held_out), rel=1e-5)
+    assert trained.curve[-1]["held_out_loss"] == pytest.approx(float(held_out.detach()), rel=1e-5)
     assert trained.curve[-1]["held_out_loss"] < trained.curve[0]["held_out_loss"]
 
 
