@@ -133,6 +133,11 @@ def test_problems_are_found_before_torch_is_loaded(tmp_path: Path) -> None:
     [
         ("", "name: field required"),
         (
+            "name = 'x'\nmodel = 'smollm2-135m'\nmetrics = ['flexigpt']\nstrategies = ['remove-blocks']\n"
+            "evaluation = [{evaluator = 'perplexity'}]",
+            "ratios: strategy 'remove-blocks' has none; give the study or the strategy ratios",
+        ),
+        (
             "name = 'x'\nmodel = 'smollm2-135m'\nratios = [0.2]\nevaluation = [{evaluator = 'perplexity'}]",
             "expected metrics and strategies, or pairs, or all of them",
         ),
