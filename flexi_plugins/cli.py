@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flexi_plugins.errors import FlexiError
-from flexi_plugins.show import plan_summary, print_json, show_list, show_outcomes, show_plan, show_reports, totals
+from flexi_plugins.show import (
+    plan_summary,
+    print_json,
+    show_list,
+    show_outcomes,
+    show_plan,
+    show_recovery,
+    show_reports,
+    totals,
+)
 
 if TYPE_CHECKING:
     from flexi_plugins.data import PruningPlan
@@ -25,7 +34,7 @@ if TYPE_CHECKING:
     from flexi_plugins.studyfile import Measure
 
 INTERRUPTED = 130
-BESIDE = ".safetensors"  # the tensors of NAME.json are in NAME.safetensors, as those of a folder's plan.json are
+BESIDE = ".tensors"  # the tensors of NAME.json are in NAME.tensors, as those of a folder's plan.json are
 
 app = typer.Typer(
     name="flexi",
@@ -74,6 +83,10 @@ def run(
     from flexi_plugins.study import Study
     from flexi_plugins.studyfile import read_study
 
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise FlexiError(
+            "run: a study runs in one process; `flexi recover` can be run by torchrun, to train in several"
+        )
     plugins = _plugins()
     file = read_study(study, plugins)
     folder = out or Path("runs") / file.name
@@ -189,6 +202,9 @@ def extend(
     output_gain: Annotated[
         str, typer.Option("--output-gain", help="Start of the output norms, or calibrated.")
     ] = "calibrated",
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", help="Share by which a calibrated gain may raise the perplexity.")
+    ] = 0.01,
     corpus: Corpus = "python-docs",
     seed: Seed = 0,
     data: Data = None,
@@ -201,13 +217,14 @@ def extend(
 
     \b
     Example: flexi extend --blocks 36 -o extended/
-    Extended and trained at once: flexi recover --metric none --strategy extend --strategy-option blocks=36 --method adapters -o extended/
+    To train it: flexi recover --plan extended/plan.json --method adapters -o trained/
     """
     from flexi_plugins.plugins import Plugins
 
     _check_new(output)
     given = {"blocks": blocks, "start": start, "end": end, "repetitions": repetitions, "rank": rank}
     options = {**{k: v for k, v in given.items() if v is not None}, "order": order, "output_gain": output_gain}
+    options["tolerance"] = tolerance
     plugins = Plugins.load()
     asked = plugins.get("metric", "none"), plugins.get("strategy", "extend", options), 0.0
     pruner = _pruner(model, corpus, seed, data, dtype, device, memory)
@@ -246,6 +263,9 @@ def recover(
 ) -> None:
     """Prune a model, train what is left of it, and write it; a training that was stopped goes on where it was.
 
+    --plan takes a plan file, also that of a folder that was written before (FOLDER/plan.json). Without a plan, a metric and
+    a strategy the model itself is trained. Under torchrun several processes train together.
+
     \b
     Example: flexi recover --plan plan.json --method lora --tokens 65536 -o recovered/
     """
@@ -256,18 +276,30 @@ def recover(
     from flexi_plugins.pruner import Training
 
     _check_new(output)
-    asked = _asked(plan_file, metric, strategy, ratio, metric_option, strategy_option)
+    whole = not (plan_file or metric or strategy)
+    asked = None if whole else _asked(plan_file, metric, strategy, ratio, metric_option, strategy_option)
     plugins = Plugins.load()
     chosen = plugins.get("recovery", method, _options(recovery_option))
+    chosen.check()
     find_corpus(training_corpus, {n: e.object for n, e in plugins.entries("corpus").items()})
     setting = Training(training_corpus, length, tokens, held_out)
+    if "LOCAL_RANK" in os.environ:
+        _take_own_gpu(int(os.environ["LOCAL_RANK"]))
     pruner = _pruner(model, corpus, seed, data, dtype, device, memory)
     checkpoints = output.with_name(f"{output.name}.training")
-    _write_model(pruner, _recovered(pruner, asked, chosen, setting, checkpoints), output, as_json)
+    made, made_by = _kept_plan(pruner, asked, checkpoints)
+    trained = pruner.recover(made, chosen, setting, checkpoints, made_by)
+    if not _first():
+        return
+    unfinished = checkpoints / "model"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    pruner.write(trained, unfinished)
     for file in checkpoints.glob("*"):
-        if file.is_file():
-            shutil.move(file, output / file.name)
+        if file.is_file():  # what the method leaves beside the model
+            shutil.move(file, unfinished / file.name)
+    unfinished.rename(output)
     shutil.rmtree(checkpoints, ignore_errors=True)
+    _show_written(pruner, trained, output, as_json)
 
 
 @app.command("eval")
@@ -476,7 +508,20 @@ def _measures(chosen: Sequence[dict[str, Any]]) -> list[Measure]:
 def _progress() -> Progress:
     from flexi_plugins.progress import Progress
 
-    return Progress()
+    return Progress(quiet=not _first())
+
+
+def _first() -> bool:
+    """Whether this is the first, or only, process of a call of torchrun: the one that speaks and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _take_own_gpu(number: int) -> None:
+    """Make the GPU of this number the one that ``cuda`` means, where there are GPUs."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number)
 
 
 def _machine(device: str, memory: str | None) -> Machine:
@@ -585,26 +630,41 @@ def _planned(pruner: Pruner, asked: Path | tuple[Any, Any, float]) -> Planned:
     return pruner.make(*asked, pruner.progress.say)
 
 
-def _recovered(
-    pruner: Pruner, asked: Path | tuple[Any, Any, float], method: Any, setting: Any, folder: Path
-) -> Planned:
-    """Train the model that is asked for; a method that trains behind every step plans it anew."""
-    made = _planned(pruner, asked)
-    if not getattr(method, "interleaved", False):
-        return pruner.recover(made, method, setting, folder)
+def _kept_plan(
+    pruner: Pruner, asked: Path | tuple[Any, Any, float] | None, folder: Path
+) -> tuple[Planned, tuple[Any, Any] | None]:
+    """Return the plan of what is to be trained (None: the model itself), and by which metric and strategy it is made.
+
+    A plan that is made is kept in the folder of the training, so that a run that was stopped does not make it again.
+    """
+    from flexi_plugins.data import PruningPlan, digest
+    from flexi_plugins.execution.sweep import Planned
+    from flexi_plugins.pruner import origin
+    from flexi_plugins.store import Store
+
+    if asked is None:
+        return Planned(PruningPlan.identity(pruner.checkpoint.shape)), None
     if isinstance(asked, Path):
-        raise FlexiError(
-            f"recover: {method.name} with these options trains behind every step of a strategy; give --metric and --strategy "
-            "in the place of --plan"
-        )
-    return pruner.make_recovered(made, *asked[:2], method, setting, folder)
+        return _read_plan(asked, pruner), None
+    store = Store(folder / "plan")
+    key = digest([pruner.checkpoint.fingerprint(), origin(*asked), pruner.texts[2], str(pruner.dtype), pruner.seed])
+    stored = store.read_plan(key)
+    made = Planned(*stored) if stored else _planned(pruner, asked)
+    if not stored:
+        store.write_plan(key, made.plan, made.attached)
+    return made, asked[:2]
 
 
 def _write_model(pruner: Pruner, planned: Planned, output: Path, as_json: bool) -> None:
     """Write a plan's model, and say what it is."""
+    pruner.write(planned, output)
+    _show_written(pruner, planned, output, as_json)
+
+
+def _show_written(pruner: Pruner, planned: Planned, output: Path, as_json: bool) -> None:
+    """Say what was written."""
     from flexi_plugins.rewrite import plain_reason
 
-    pruner.write(planned, output)
     made = planned.plan
     reason = plain_reason(made, pruner.checkpoint)
     recovery = made.origin.get("recovery")
@@ -614,11 +674,7 @@ def _write_model(pruner: Pruner, planned: Planned, output: Path, as_json: bool) 
         return
     typer.echo(totals(made))
     if recovery:
-        losses = [point["held_out_loss"] for point in recovery["curve"] if "held_out_loss" in point]
-        course = f": held-out loss {losses[0]:.4f} -> {losses[-1]:.4f} nats a token" if losses else ""
-        typer.echo(f"trained by {recovery['method']} on {recovery['training']['tokens']:,} tokens{course}")
-        for note in recovery["notes"]:
-            typer.echo(f"note: {note}")
+        show_recovery(recovery)
     typer.echo(
         f"written to {output}: "
         + ("a plain transformers folder" if reason is None else f"FlexiForCausalLM, since {reason}")

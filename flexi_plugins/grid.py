@@ -32,6 +32,16 @@ class Work:
     seconds: dict[str, float] = field(default_factory=dict)
     shared_with: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def timing(self) -> dict[str, Any]:
+        """What to remember beside a plan: seconds a stage, and how many cells shared them."""
+        return {"seconds": self.seconds, "shared_with": self.shared_with}
+
+    def remember(self, timing: Mapping[str, Any]) -> None:
+        """Take over what a plan's stages took when it was made."""
+        self.seconds |= timing.get("seconds", {})
+        self.shared_with |= timing.get("shared_with", {})
+
 
 class Grid:
     """Makes the cells of a study file. evaluation: the evaluators' options, with digests of what they read."""

@@ -130,21 +130,29 @@ class ReplacementStrategy(Protocol):
 
 
 class RecoveryMethod(Protocol):
-    """Trains a pruned model.
-
-    Where an attribute ``interleaved`` is true, it is called behind every step of a progressive strategy, each time with an
-    equal share of the text, and the next step sees the trained model; else once, at the end.
-    """
+    """Trains a pruned model. ``recovery.training.TrainingOptions`` has all of this but ``name``, ``paper``, ``recover``."""
 
     name: ClassVar[str]
     paper: ClassVar[str]
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether it trains behind every step of a progressive strategy, and the next step sees the trained model.
+
+        ``recover`` is then called once a step, each time with an equal share of the text; else once, at the end.
+        """
+
+    def check(self) -> None:
+        """Raise a FlexiError for options that cannot work; called before anything is loaded."""
+
+    def refuses(self, plan: PruningPlan) -> str | None:
+        """Return why it has nothing to train in a plan's model, and what to do; None where it has."""
 
     def recover(self, request: RecoveryRequest) -> Recovered:
         """Return the recovered model; train copies, since the request's model shares storage with the original.
 
         The model has the modules of the request's: adapters of its own are merged into the weights. What was not trained
-        is the same tensor as before, so that it is known to be equal. Raise a FlexiError for a plan whose model it has
-        nothing to train of.
+        is the same tensor as before, so that it is known to be equal. Only asked about plans that it does not refuse.
         """
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from flexi_plugins.corpora.windows import token_windows
 from flexi_plugins.data import BlockRecipe, ModelShape, PruningPlan, Scores, Statistics, digest
 from flexi_plugins.errors import FlexiError, unknown
 from flexi_plugins.execution.blocks import Blocks
+from flexi_plugins.execution.packing import BATCH_TOKENS
 from flexi_plugins.execution.readout import Batch
 from flexi_plugins.execution.sweep import Planned, Sweeper
 from flexi_plugins.generation import chrf
@@ -28,7 +30,6 @@ from flexi_plugins.hookspecs import (
     Budget,
     ImportanceMetric,
     PruningRequest,
-    Recovered,
     RecoveryMethod,
     RecoveryRequest,
     ReplacementStrategy,
@@ -56,12 +57,27 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Training:
-    """The text that a model is trained on: windows of a corpus, and held-out ones that the loss is measured on meanwhile."""
+    """The text that a model is trained on: windows of a corpus, others that the loss is measured on meanwhile."""
 
     corpus: str = "python-docs"
     length: int = 256
     tokens: int = 65_536
     held_out: int = 16
+
+    def __post_init__(self) -> None:
+        """Raise a FlexiError for numbers that cannot be."""
+        for name, least in (("length", 2), ("tokens", 0), ("held_out", 1)):
+            if getattr(self, name) < least:
+                raise FlexiError(f"training: {name} = {getattr(self, name)}, expected {least} or more")
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a recovery method says of one training (see ``Recovered``)."""
+
+    curve: tuple[Mapping[str, float], ...] = ()
+    facts: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 class Pruner:
@@ -211,6 +227,11 @@ class Pruner:
         missing = needed_tensors(plan)
         if not missing:
             return Planned(plan)
+        if "recovery" in plan.origin:
+            raise FlexiError(
+                f"plan: it was trained, and its {len(missing)} tensors ({missing[0]}, ...) are missing; they lie in the file "
+                "beside the plan, of the same name and ending in .tensors, or recover the model again"
+            )
         made_by = plan.origin.get("strategy")
         if not made_by:
             raise FlexiError(
@@ -251,77 +272,109 @@ class Pruner:
     # -- recovery
 
     def training_texts(self, setting: Training) -> tuple[TrainingText, TrainingText, str]:
-        """Return what a model is trained on, what its loss is measured on meanwhile, and the digest of both."""
-        if setting in self._texts:
-            return self._texts[setting]
-        corpus = find_corpus(setting.corpus, {n: e.object for n, e in self.plugins.entries("corpus").items()})
-        count = max(1, -(-setting.tokens // setting.length))
-        parts = (("calibration", count, self.seed), ("held-out", setting.held_out, None))
-        (text, first), (held_out, second) = (
-            training_text(corpus, split, self.data, self.tokenizer, setting.length, windows, seed)
-            for split, windows, seed in parts
-        )
-        self._texts[setting] = text, held_out, digest([first, second])
+        """Return what a model is trained on, what its loss is measured on meanwhile, and the digest of both.
+
+        Both are of the part of the corpus that is for calibration, and share no window: which state is kept depends on the
+        second, so that nothing which is measured afterwards may be in it.
+        """
+        if setting not in self._texts:
+            corpus = find_corpus(setting.corpus, {n: e.object for n, e in self.plugins.entries("corpus").items()})
+            count = setting.held_out + setting.tokens // setting.length
+            text, found = training_text(
+                corpus, "calibration", self.data, self.tokenizer, setting.length, count, self.seed
+            )
+            held_out, rest = (
+                TrainingText(text.ids[part], text.labels[part])
+                for part in (slice(setting.held_out), slice(setting.held_out, None))
+            )
+            self._texts[setting] = rest, held_out, digest([found, setting.held_out])
         return self._texts[setting]
 
     def recover(
-        self, plan: PruningPlan | Planned, method: str | RecoveryMethod, setting: Training, folder: Path | str
-    ) -> Planned:
-        """Train a plan's model; return the plan of what came out, whose origin says what was done and its loss curve.
-
-        folder: for checkpoints of the training; where one lies there, of the same training, that is taken up.
-        """
-        planned = self.attach(plan) if isinstance(plan, PruningPlan) else plan
-        text, held_out, _ = self.training_texts(setting)
-        trained, found = self._trained(planned, method, text, held_out, setting.tokens, Path(folder))
-        return self._said(trained, planned, method, setting, [found])
-
-    def make_recovered(
         self,
-        made: Planned,
-        metric: str | ImportanceMetric,
-        strategy: str | ReplacementStrategy,
+        plan: PruningPlan | Planned,
         method: str | RecoveryMethod,
         setting: Training,
         folder: Path | str,
+        made_by: tuple[ImportanceMetric, ReplacementStrategy] | None = None,
     ) -> Planned:
+        """Train a plan's model; return the plan of what came out, whose origin says what was done and its loss curve.
+
+        folder: for checkpoints of the training; where one lies there, of the same training, that is taken up. made_by: the
+        metric and the strategy of the plan; methods that are ``interleaved`` make it again with them, step by step.
+        """
+        chosen = self._plugin("recovery", method)
+        chosen.check()
+        planned = self.attach(plan) if isinstance(plan, PruningPlan) else plan
+        reason = refusal(chosen, planned.plan, made_by[1] if made_by else None)
+        if reason:
+            raise FlexiError(reason)
+        if chosen.interleaved:
+            assert made_by is not None
+            trained, courses = self._trained_stepwise(planned.plan, *made_by, chosen, setting, Path(folder))
+        else:
+            text, held_out, _ = self.training_texts(setting)
+            trained, course = self._trained(planned, chosen, text, held_out, setting.tokens, Path(folder))
+            courses = [course]
+        return self._with_history(trained, chosen, setting, courses)
+
+    def _trained_stepwise(
+        self,
+        made: PruningPlan,
+        metric: ImportanceMetric,
+        strategy: ReplacementStrategy,
+        method: RecoveryMethod,
+        setting: Training,
+        folder: Path,
+    ) -> tuple[Planned, list[Course]]:
         """Make a plan again, and train its model behind every step on the next of equal shares of the text.
 
-        For methods that are ``interleaved``: each step is chosen by the scores of the model as it is trained by then. made:
-        the plan without training, by the same metric and strategy, which says how many steps there are. Checkpoints are in
-        a subfolder a step, so that a run that was stopped trains no step twice.
+        Each step is chosen by the scores of the model as it is trained by then. made: the plan without training, which says
+        how many steps there are. Checkpoints are in a subfolder a step, so that a run that was stopped trains no step twice.
         """
-        origin, replacement = made.plan.origin, self._plugin("strategy", strategy)
-        if not replacement.progressive:
-            return self.recover(made, method, setting, folder)
         text, held_out, _ = self.training_texts(setting)
-        steps = origin["steps"]
+        steps = made.origin["steps"]
         windows = setting.tokens // steps // setting.length
         if not windows:
             raise FlexiError(
-                f"{self._plugin('recovery', method).name}: {setting.tokens:,} tokens in windows of {setting.length} are less "
-                f"than one window for each of {steps} steps; expected at least {steps * setting.length:,} tokens"
+                f"{method.name}: {setting.tokens:,} tokens in windows of {setting.length} are less than one window for each of "
+                f"{steps} steps; expected at least {steps * setting.length:,} tokens"
             )
-        found: list[Recovered] = []
+        courses: list[Course] = []
 
         def then(planned: Planned, step: int) -> Planned:
-            first = (step - 1) * windows
-            share = TrainingText(text.ids[first : first + windows], text.labels[first : first + windows])
-            tokens, place = windows * setting.length, Path(folder) / f"step-{step}"
-            trained, recovered = self._trained(planned, method, share, held_out, tokens, place)
-            found.append(recovered)
+            if step > steps:
+                note = f"step {step} is not trained: without training there were {steps}, which have shared the text"
+                courses.append(Course(notes=(note,)))
+                return planned
+            share = slice((step - 1) * windows, step * windows)
+            part, place = TrainingText(text.ids[share], text.labels[share]), folder / f"step-{step}"
+            trained, course = self._trained(planned, method, part, held_out, windows * setting.length, place)
+            courses.append(course)
             return trained
 
-        planned = self.steps(metric, replacement, origin["ratio"], self.progress.say, then)
-        return self._said(planned, planned, method, setting, found)
+        planned = self.steps(metric, strategy, made.origin["ratio"], self.progress.say, then)
+        for file in (folder / f"step-{min(steps, len(courses))}").glob("*"):  # what the last training leaves is kept
+            if file.is_file():
+                shutil.move(file, folder / file.name)
+        if len(courses) < steps:
+            note = f"{len(courses)} of {steps} shares of the text were used: training made the steps fewer"
+            courses.append(Course(notes=(note,)))
+        return planned, courses
 
     def _trained(
-        self, planned: Planned, method: Any, text: TrainingText, held_out: TrainingText, tokens: int, folder: Path
-    ) -> tuple[Planned, Recovered]:
-        """Train a plan's model on a text; return the plan of what came out, and what the method says, without the model."""
+        self,
+        planned: Planned,
+        method: RecoveryMethod,
+        text: TrainingText,
+        held_out: TrainingText,
+        tokens: int,
+        folder: Path,
+    ) -> tuple[Planned, Course]:
+        """Train a plan's model on a text; return the plan of what came out, and what the method says of it."""
         model: Any = build_model(planned.plan, self.checkpoint.mapped(), planned.attached)
         before = model.state_dict()
-        recovered = self._plugin("recovery", method).recover(
+        recovered = method.recover(
             RecoveryRequest(
                 model=model,
                 plan=planned.plan,
@@ -338,41 +391,61 @@ class Pruner:
             )
         )
         trained = planned_of(recovered.model, planned, before, self.checkpoint)
-        return trained, replace(recovered, model=torch.nn.Module())
+        return trained, Course(recovered.curve, recovered.facts, recovered.notes)
 
-    def _said(
-        self, trained: Planned, planned: Planned, method: Any, setting: Training, found: Sequence[Recovered]
+    def _with_history(
+        self, trained: Planned, method: RecoveryMethod, setting: Training, courses: Sequence[Course]
     ) -> Planned:
-        """Return a trained plan whose origin says how it was trained: once, or several times one behind the other."""
-        chosen, done, curve = self._plugin("recovery", method), 0.0, list[dict[str, float]]()
-        for recovered in found:
-            curve += [{**point, "tokens": point["tokens"] + done} for point in recovered.curve]
+        """Return a trained plan whose origin says how it was trained: once, or several times one behind the other.
+
+        Tokens of several trainings are summed; all other facts are the last one's.
+        """
+        curve, done = list[dict[str, float]](), 0.0
+        for course in courses:
+            curve += [{**point, "tokens": point["tokens"] + done} for point in course.curve]
             done = curve[-1]["tokens"] if curve else 0.0
+        last = [course.facts for course in courses if course.facts][-1:]
+        facts = dict(last[0]) if last else {}
+        if len(courses) > 1:
+            facts |= {n: sum(c.facts.get(n, 0) for c in courses) for n in facts if n.endswith("_tokens")}
+            facts["trainings"] = sum(bool(c.curve) for c in courses)
         said = {
-            "method": chosen.name,
-            "options": options_json(chosen),
+            "method": method.name,
+            "options": options_json(method),
             "training": {**asdict(setting), "text": self.training_texts(setting)[2][:16]},
             "curve": curve,
-            "facts": {**found[-1].facts, **({"trainings": len(found)} if len(found) > 1 else {})},
-            "notes": [note for recovered in found for note in recovered.notes],
+            "facts": facts,
+            "notes": [note for course in courses for note in course.notes],
         }
-        return replace(trained, plan=replace(trained.plan, origin={**planned.plan.origin, "recovery": said}))
+        origin = dict(trained.plan.origin)
+        if "recovery" in origin:
+            said["earlier"] = origin["recovery"]
+        return replace(trained, plan=replace(trained.plan, origin={**origin, "recovery": said}))
 
     def teacher(self, ids: Tensor, blocks: Sequence[int]) -> dict[int, Tensor]:
-        """Return the original's residual stream (rows, tokens, hidden) behind some of its blocks; -1: in front of all."""
+        """Return the original's residual stream (rows, tokens, hidden) behind some of its blocks; -1: in front of all.
+
+        One sweep, in which each weight is read once, however many rows there are.
+        """
         identity = self._original.plan
-        sweeper, found = Sweeper(self.blocks), {}
-        last = max(blocks)
-        if last >= 0:
-            shorter = Planned(replace(identity, blocks=identity.blocks[: last + 1]))
-            for _ in sweeper.sweep([shorter], [Batch(ids)], keep=True):
+        shorter = Planned(replace(identity, blocks=identity.blocks[: max(blocks) + 1]))
+        found: dict[int, list[Tensor]] = {block: [] for block in blocks}
+        batches = [Batch(part) for part in ids.split(max(1, BATCH_TOKENS // ids.shape[1]))]
+        if -1 in found:
+            found[-1] = [self.blocks.embed(batch.ids) for batch in batches]
+
+        def noting(batch: int, position: int, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+            states = self.blocks.run(shorter.plan, position, {}, hidden, arguments)
+            if position in found:
+                found[position].append(states)
+            return states
+
+        if shorter.plan.blocks:
+            sweeper = Sweeper(self.blocks)
+            for _ in sweeper.sweep([shorter], batches, hook=noting):
                 pass
             sweeper.check_finite(identity)
-        numbers = sweeper.prefixes.of(identity)
-        for block in blocks:
-            found[block] = self.blocks.embed(ids) if block < 0 else sweeper.stored(0, numbers[block + 1]).clone()
-        sweeper.forget(lambda prefix: True)
-        return found
+        return {block: torch.cat(parts) for block, parts in found.items()}
 
     # -- models
 
@@ -459,6 +532,20 @@ def origin(metric: ImportanceMetric, strategy: ReplacementStrategy, ratio: float
         "strategy_options": options_of(strategy),
         "ratio": ratio,
     }
+
+
+def refusal(method: RecoveryMethod, plan: PruningPlan, strategy: ReplacementStrategy | None) -> str | None:
+    """Return why a recovery method cannot train a plan's model, and what to do; None where it can.
+
+    strategy: by which the plan is made, where that is known.
+    """
+    if method.interleaved and not (strategy and strategy.progressive):
+        found = f"{strategy.name} plans in one step" if strategy else "a plan that is made has none left to come"
+        return (
+            f"{method.name} with these options trains behind every step of a progressive strategy, and {found}; name a metric "
+            "and such a strategy in the place of a plan, or train once at the end"
+        )
+    return method.refuses(plan)
 
 
 def count_only(shape: ModelShape, strategy: ReplacementStrategy, ratio: float) -> PruningPlan:

@@ -21,13 +21,19 @@ def planned_of(model: nn.Module, planned: Planned, before: Mapping[str, Tensor],
     trained are still known to be equal to other plans'. Raise a FlexiError for a model with other tensors than that.
     """
     plan, after = planned.plan, model.state_dict()
-    for name in sorted(before.keys() ^ after.keys()):
+    different = sorted(before.keys() ^ after.keys())
+    if different:
         raise FlexiError(
-            f"recovery: tensor {name!r} is in {'the pruned' if name in before else 'the recovered'} model alone; expected "
-            "the modules of the pruned model (merge adapters into the weights)"
+            f"recovery: tensor {different[0]!r} is in {'the pruned' if different[0] in before else 'the recovered'} model "
+            "alone; expected the modules of the pruned model (merge adapters into the weights)"
         )
     places = _places(plan, checkpoint)
-    changed = {places[n]: t for n, t in after.items() if n in places and t.data_ptr() != before[n].data_ptr()}
+    moved = {name: tensor for name, tensor in after.items() if tensor.data_ptr() != before[name].data_ptr()}
+    placed = {tensor.data_ptr() for name, tensor in moved.items() if name in places}
+    lost = sorted(name for name, tensor in moved.items() if name not in places and tensor.data_ptr() not in placed)
+    if lost:  # a tied head has no place of its own, and is the embedding
+        raise FlexiError(f"recovery: tensor {lost[0]!r} was changed, and a plan has no place for it; leave it as it is")
+    changed = {places[name]: tensor for name, tensor in moved.items() if name in places}
     for name, tensor in changed.items():
         if not bool(tensor.isfinite().all()):
             raise FlexiError(f"recovery: the trained tensor {name!r} is not finite (NaN or infinity)")

@@ -22,7 +22,7 @@ from flexi_plugins.modeling import FlexiConfig, FlexiForCausalLM, resized_config
 
 Tensors = Mapping[str, Tensor]
 PLAN_FILE = "plan.json"
-PLAN_TENSORS = "plan.safetensors"
+PLAN_TENSORS = "plan.tensors"  # a safetensors file, but none that other loaders would take for weights
 
 
 # ----------------------------------------------------------------------------------------------- blocks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,11 +97,28 @@ def show_outcomes(outcomes: Sequence[Any], as_json: bool) -> None:
 
 def show_reports(plugins: Plugins, folder: Path) -> None:
     """Print the leaderboard, and where everything is."""
-    files = [folder / e.object.filename for e in plugins.entries("report").values()]
+    named = [folder / e.object.filename for e in plugins.entries("report").values()]
+    files = [file for file in named if file.exists()]
     board = next((f for f in files if f.suffix == ".md"), None)
     if board is not None:
         typer.echo(board.read_text(encoding="utf-8"))
     typer.echo("files: " + ", ".join(str(f) for f in files) + f", {folder / 'records'}/")
+
+
+def show_recovery(recovery: Mapping[str, Any]) -> None:
+    """Print what a training was: its tokens, and the held-out loss at its start and of the state that was kept."""
+    facts, curve = recovery["facts"], recovery["curve"]
+    said = f"trained by {recovery['method']} on {facts.get('trained_tokens', 0):,.0f} tokens"
+    kept = facts.get("kept_tokens", facts.get("trained_tokens", 0))
+    for kind in ("held_out_loss", "held_out_block_loss"):
+        points = [point for point in curve if kind in point]
+        if points:
+            last = [point for point in points if point["tokens"] <= kept][-1]
+            said += f": {kind.replace('_', ' ').replace('held out', 'held-out')} {points[0][kind]:.4f} -> {last[kind]:.4f} nats"
+            said += " a token" if kept == facts.get("trained_tokens") else f" a token, of the state after {kept:,.0f}"
+    typer.echo(said)
+    for note in recovery["notes"]:
+        typer.echo(f"note: {note}")
 
 
 def print_json(value: Any) -> None:

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 TEMPORARY = re.compile(r"\.(\d+)\.tmp$")  # of a file that the process of this number was writing
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what reading a foreign file raises
-DISTRIBUTIONS = ("flexi-plugins", "torch", "transformers", "lm_eval", "safetensors", "datasets", "numpy")
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "lm_eval", "safetensors", "datasets", "numpy")
+DISTRIBUTIONS = ("flexi-plugins", *LIBRARIES)
 COLUMNS = ("label", "model", "metric", "strategy", "ratio", "true_ratio", "recovery", "seed", "status", "reason")
 SIZES = ("stored_parameters", "runtime_parameters", "macs_per_token")
 
@@ -189,17 +190,23 @@ class Store:
 
     # -- plans
 
-    def write_plan(self, key: str, plan: PruningPlan, tensors: Mapping[str, Tensor]) -> None:
-        """Write a plan and its attached tensors, tensors first, under a key (a digest of what the plan depends on)."""
+    def write_plan(
+        self, key: str, plan: PruningPlan, tensors: Mapping[str, Tensor], timing: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write a plan and its attached tensors, tensors first, under a key (a digest of what the plan depends on).
+
+        timing: what there is to remember about how long it took to make.
+        """
         wrong = _differing(plan, tensors)
         if wrong:
             raise FlexiError(f"plan {key[:12]}: its digests do not fit the attached tensors {', '.join(wrong)}")
         if tensors:
             _write_tensors(self._plan_path(key, ".safetensors"), tensors)
-        _write_json(self._plan_path(key, ".json"), {"key": key, **plan.to_json()})
+        _write_json(self._plan_path(key, ".json"), {"key": key, "timing": dict(timing or {}), **plan.to_json()})
 
     def keep(self, key: str, folder: Path) -> None:
         """Move the files directly in a folder beside the plan of a key, under its name."""
+        (self.folder / "plans").mkdir(parents=True, exist_ok=True)
         for file in sorted(p for p in folder.glob("*") if p.is_file()):
             shutil.move(file, self._plan_path(key, f".{file.name}"))
 
@@ -213,6 +220,10 @@ class Store:
             return plan, self._read_tensors(key, plan)
 
         return self._parsed(self._plan_path(key, ".json"), parse, "plan")
+
+    def plan_timing(self, key: str) -> Mapping[str, Any]:
+        """Return what was remembered about how long the plan of a key took to make."""
+        return self._parsed(self._plan_path(key, ".json"), lambda value: value.get("timing", {}), "plan") or {}
 
     def _read_tensors(self, key: str, plan: PruningPlan) -> dict[str, Tensor]:
         if not plan.tensors:

@@ -1,8 +1,8 @@
 """A study: every metric x strategy x ratio x seed, stage by stage, resumable. Read this to see how it all fits together.
 
 Seed by seed: statistics of the dense model are taken once for all metrics; scores become plans, cell by cell; all plans
-are measured in one sweep per evaluator; every cell's record is written as soon as it is whole. Whatever is finished is
-never redone.
+are measured in one sweep per evaluator; then the models that are to be recovered are trained, one after another, and
+measured in the same way. Every cell's record is written as soon as it is whole. Whatever is finished is never redone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from flexi_plugins.machine import Machine
 from flexi_plugins.models import open_model
 from flexi_plugins.plugins import Plugins, incompatible, options_json, told
 from flexi_plugins.progress import Progress
-from flexi_plugins.pruner import Calibration, Pruner, Training, resident
+from flexi_plugins.pruner import Calibration, Pruner, Training, refusal, resident
 from flexi_plugins.report import write_reports
 from flexi_plugins.store import Journal, Store, commit, environment, write_traceback
 from flexi_plugins.studyfile import Measure, StudyFile
@@ -64,8 +64,11 @@ class Study:
         for seed in self.file.seeds:  # one after the other, so that a long study has whole results early
             chosen = [w for w in todo if w.cell.seed == seed]
             if chosen:
+                trained = [w for w in chosen if w.recovery is not None]
                 self.make_plans(chosen)
-                self.measure(chosen)
+                self.measure([w for w in chosen if w.recovery is None])
+                self.recover(trained)
+                self.measure(trained)
         if todo:
             self.journal.clear()
         records = [r for r in (self.store.get(w.cell) for w in works) if r is not None]
@@ -154,14 +157,10 @@ class Study:
             with self.progress.stage(f"planning {len(missing)} cells (seed {pruner.seed})", len(missing)) as advance:
                 made: dict[str, Planned] = {}
                 for work in missing:
-                    with self._caught(work), self._timed([work], "plan"):
+                    with self._caught(work):
                         self._make_plan(pruner, work, made)
                     advance(1)
             pruner.calibrator.forget([])
-        for work in works:
-            if work.recovery is not None and work.planned is not None and not work.failure:
-                with self._caught(work), self._timed([work], "recovery"):
-                    self._recover(work)
 
     def _calibrate(self, pruner: Pruner, works: Sequence[Work]) -> None:
         """Take all statistics together; if that fails, every cell takes its own, and those that cannot fail alone."""
@@ -177,39 +176,59 @@ class Study:
         assert work.strategy is not None
         key = plan_key(work.cell)
         if key not in made:
-            made[key] = pruner.make(work.metric, work.strategy, work.cell.ratio)
-            self.store.write_plan(key, made[key].plan, made[key].attached)
+            with self._timed([work], "plan"):
+                made[key] = pruner.make(work.metric, work.strategy, work.cell.ratio)
+            self.store.write_plan(key, made[key].plan, made[key].attached, work.timing)
         work.planned = made[key]
+        work.remember(self.store.plan_timing(key))
 
     def _plan_from_store(self, work: Work) -> bool:
-        """Take the plan that an earlier run made; not that of a cell that failed, since the plan may be the reason."""
+        """Take the plan that an earlier run made; not that of a cell that failed as it is, since the plan may be the reason."""
         record = self.store.get(work.cell)
-        if record is not None and record.status == "failed":
+        if record is not None and record.status == "failed" and work.recovery is None:
             return False
-        stored = self.store.read_plan(plan_key(work.cell))
+        key = plan_key(work.cell)
+        stored = self.store.read_plan(key)
         if stored is not None:
             work.planned = Planned(*stored)
+            work.remember(self.store.plan_timing(key))
         return stored is not None
+
+    # -- recovery
+
+    def recover(self, works: Sequence[Work]) -> None:
+        """Train the model of every plan, one after another; a cell that fails is recorded, the others go on."""
+        for work in works:
+            if work.planned is None or work.failure:
+                continue
+            assert work.recovery is not None
+            reason = refusal(work.recovery, work.planned.plan, work.strategy)
+            if reason:
+                self._write(work, "incompatible", reason)
+                work.planned = None
+                continue
+            with self._caught(work):
+                self._recover(work)
 
     def _recover(self, work: Work) -> None:
         """Train the model of a plan, or take what an earlier run trained; a run that was killed goes on where it was."""
         assert work.planned is not None
         assert work.recovery is not None
         key = recovered_key(work.cell)
-        stored = self.store.read_plan(key)
-        if stored is None:
-            pruner, folder = self.pruners[work.cell.seed], self.folder / "training" / key[:12]
-            if getattr(work.recovery, "interleaved", False) and work.metric is not None:
-                assert work.strategy is not None
-                methods = work.metric, work.strategy, work.recovery
-                work.planned = pruner.make_recovered(work.planned, *methods, self.training, folder)
-            else:
-                work.planned = pruner.recover(work.planned, work.recovery, self.training, folder)
+        if self.store.read_plan(key) is None:
+            folder = self.folder / "training" / key[:12]
+            made_by = (work.metric, work.strategy) if work.metric and work.strategy else None
+            with self._timed([work], "recovery"):
+                trained = self.pruners[work.cell.seed].recover(
+                    work.planned, work.recovery, self.training, folder, made_by
+                )
             self.store.keep(key, folder)
-            self.store.write_plan(key, work.planned.plan, work.planned.attached)
+            self.store.write_plan(key, trained.plan, trained.attached, work.timing)
             shutil.rmtree(folder, ignore_errors=True)
-        else:
-            work.planned = Planned(*stored)
+        stored = self.store.read_plan(key)  # from its file, so that memory does not hold what many cells trained
+        assert stored is not None
+        work.planned = Planned(*stored)
+        work.remember(self.store.plan_timing(key))
 
     def _declared_incompatible(self, work: Work) -> bool:
         assert work.metric is not None
@@ -256,6 +275,7 @@ class Study:
         """Write the record of a cell whose measurements are all there."""
         failures = [f"{k}: {f}" for k, o in work.outcomes.items() if (f := _failure(o))]
         self._write(work, "failed" if failures else "complete", "; ".join(failures))
+        work.planned = None  # its tensors may be a whole model's
 
     # -- records
 
@@ -300,7 +320,7 @@ class Study:
             work.failure = str(error) if known else told(error)
             self.progress.say(f"{work.cell.label} failed: {work.failure}")
             if not known:
-                write_traceback(self.folder, work.cell.label)
+                write_traceback(self.folder, self.store.path(work.cell).stem)
 
 
 def _candidate(work: Work) -> Candidate:

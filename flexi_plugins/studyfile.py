@@ -220,7 +220,7 @@ def _name_problems(study: StudyFile, plugins: Plugins) -> Iterator[str]:
     for measure in study.evaluation:
         yield from measure_problems(measure, plugins)
     for recovery in study.recovery:
-        yield from _caught(plugins.get, "recovery", recovery.name, recovery.options)
+        yield from _caught(lambda r=recovery: plugins.get("recovery", r.name, r.options).check())
         if recovery.ratios is not None:
             yield f"recovery {recovery.name!r}: ratios belong to metrics and strategies"
     for corpus in (study.calibration.corpus, study.training.corpus):

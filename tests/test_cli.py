@@ -55,6 +55,7 @@ OPTIONS = {  # a change here is a change of what users have written in their scr
         "--order",
         "--rank",
         "--output-gain",
+        "--tolerance",
     },
     "recover": {
         *PLANNED,
@@ -273,7 +274,7 @@ def test_plans_with_tensors_lie_beside_each_other(flexi: Flexi, method: list[str
         assert (planned.status, direct.status) == (0, 0), planned.err + direct.err
         weights = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in (name, f"{name}-direct")]
         assert weights[0] == weights[1]
-    (tmp_path / "a.safetensors").unlink()
+    (tmp_path / "a.tensors").unlink()
     lost = flexi("prune", "--model", model, "--plan", tmp_path / "a.json", "-o", tmp_path / "c")
     assert "are missing that least-squares-merge made step by step; they lie beside the plan" in lost.err
 
@@ -312,11 +313,11 @@ def test_a_model_that_is_no_plain_one_is_reached_by_its_plan(
     assert refused.status == 2
     assert f"give the model that it was made from, and its plan: --plan {pruned / 'plan.json'}" in refused.err
 
-    tensors = load_file(pruned / "plan.safetensors")
+    tensors = load_file(pruned / "plan.tensors")
     plan = json.loads((pruned / "plan.json").read_text())
     fresh = flexi("eval", "--model", model, "--plan", pruned / "plan.json", *small).json["measurements"]
     changed = {n: t * 2 for n, t in tensors.items()}
-    save_file(changed, pruned / "plan.safetensors")
+    save_file(changed, pruned / "plan.tensors")
     other = flexi("eval", "--model", model, "--plan", pruned / "plan.json", *small)
     assert "holds other tensors than the plan was saved with: blocks." in other.err
     plan["tensors"] = {n: tensor_digest(t) for n, t in changed.items()}

@@ -19,6 +19,7 @@ from flexi_plugins.data import BlockRecipe, ModelShape, Part, PruningPlan
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.hookspecs import Recovered, RecoveryRequest, TrainingText
 from flexi_plugins.progress import Progress
+from flexi_plugins.recovery import distill
 from flexi_plugins.recovery.blockwise import summed
 from flexi_plugins.recovery.correspondence import Run, correspondences
 from flexi_plugins.recovery.distill import Distill, token_losses
@@ -348,8 +349,26 @@ def test_changed_blocks_or_all_are_trained_where_that_is_asked_for(tmp_path):
     only = replace(FAST, blocks="changed").recover(request).model
     assert changed(only, request.model) == names_of(only, (1,))
     assert learnt_alike(only, trained_in_torch(dense, plan, {1: (0, 1)}), request.model)
-    everything = replace(FAST, blocks="all", loss="mse").runs(plan)
+    everything = replace(FAST, blocks="all", input="student").runs(plan)
     assert [(run.position, run.before, run.last) for run in everything] == [(i, i - 1, i) for i in range(5)]
+    assert [run.position for run in replace(FAST, blocks="all").runs(plan)] == [1]  # the others have nothing to learn
+
+
+@pytest.mark.parametrize("windows", [1, 3, 100])
+def test_the_original_is_asked_ahead_about_as_many_windows_as_there_is_room_for(windows, monkeypatch):
+    asked: list[int] = []
+
+    def teacher(ids: Tensor, blocks: Sequence[int]) -> Mapping[int, Tensor]:
+        asked.append(len(ids))
+        return {block: ids[:, :, None] * torch.tensor([1.0, block]) for block in blocks}
+
+    monkeypatch.setattr(distill, "STATES", windows * 4 * LENGTH * 2 * 2)
+    ahead = distill.ahead(teacher, IDS, hidden=2)
+    for batch in IDS.split(2):
+        found = ahead(batch, [1, 3])
+        assert torch.equal(found[3], teacher(batch, [3])[3])
+        asked.pop()
+    assert asked == ([WINDOWS] if windows == 100 else [2] * (WINDOWS // 2))
 
 
 @pytest.mark.parametrize("loss", ["kl", "mse"])
@@ -406,8 +425,7 @@ def test_a_block_that_lends_its_weights_stays_and_the_borrower_learns_what_is_it
     first, lender, last = whole(0, 1, 4)
     plan, attached = attached_for(PruningPlan(opened(dense).shape, (first, lender, borrower, last)))
     request = request_of(dense, plan, tmp_path, attached)
-    with pytest.raises(FlexiError, match="stand for more than one original block and lend no weights, found none"):
-        FAST.recover(request)
+    assert "stand for more than one original block and lend no weights, found none" in str(FAST.refuses(plan))
     found = replace(FAST, blocks="changed").recover(request).model
     assert changed(found, request.model) == names_of(found, (2,))
     assert learnt_alike(found, trained_in_torch(dense, plan, {2: (2, 3)}, attached), request.model)
@@ -473,8 +491,9 @@ class Killed(Exception):
     pass
 
 
-def test_a_training_that_was_killed_goes_on_to_the_same_end(tmp_path):
+def test_a_training_that_was_killed_goes_on_to_the_same_end(tmp_path, monkeypatch):
     """In the middle of the second of two blocks; what the first had learnt is not trained again."""
+    monkeypatch.setattr(distill, "STATES", 0)  # a question a batch
     dense = tiny("llama")
     plan = plan_of(opened(dense).shape, "removed")
     method = replace(FAST, memory=TINY_MEMORY)
@@ -499,7 +518,8 @@ def test_a_training_that_was_killed_goes_on_to_the_same_end(tmp_path):
     assert resumed.curve == uninterrupted.curve
 
 
-def test_a_block_whose_loss_is_not_finite_stops_and_the_others_are_trained(tmp_path):
+def test_a_block_whose_loss_is_not_finite_stops_and_the_others_are_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(distill, "STATES", 0)  # a question a batch
     dense = tiny("llama")
     plan = plan_of(opened(dense).shape, "removed")
 
@@ -554,10 +574,10 @@ def test_a_plan_without_merged_blocks_is_refused_with_what_would_do(tmp_path):
         FAST.recover(request_of(dense, PruningPlan.identity(opened(dense).shape), tmp_path))
 
 
-def test_logits_of_an_original_with_another_head_cannot_be_had(tmp_path):
+def test_logits_of_an_original_with_another_head_cannot_be_had():
     dense = tiny("llama")
     plan = plan_of(opened(dense).shape, "removed")
-    request = request_of(dense, plan, tmp_path)
     own = replace(plan, own=("head",), tensors=(("outer.head", "a" * 64),))
-    with pytest.raises(FlexiError, match="the original's logits cannot be had with this plan's own head"):
-        replace(FAST, input="student", logit_weight=1.0).recover(replace(request, plan=own))
+    method = replace(FAST, input="student", logit_weight=1.0)
+    assert method.refuses(plan) is None
+    assert "the original's logits cannot be had with this plan's own head" in str(method.refuses(own))

@@ -13,13 +13,16 @@ from tiny import attached_for, change, close, logits, opened, sharing, tiny, tok
 from torch import nn
 
 from flexi_plugins import hookimpl
+from flexi_plugins.corpora.python_docs import PythonDocs
 from flexi_plugins.corpora.training import IGNORED, training_text
+from flexi_plugins.corpora.windows import token_windows
 from flexi_plugins.data import BlockRecipe, Part, PruningPlan
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.execution.schedule import count_blocks
 from flexi_plugins.execution.sweep import Planned
 from flexi_plugins.hookspecs import Recovered, RecoveryMethod, RecoveryRequest
 from flexi_plugins.plugins import Plugins
+from flexi_plugins.pruner import Training
 from flexi_plugins.recovered import planned_of
 from flexi_plugins.rewrite import build_model, write_checkpoint
 from flexi_plugins.testing.bench import TinyPruner
@@ -152,6 +155,13 @@ class Nudge:
 
     name: ClassVar[str] = "nudge"
     paper: ClassVar[str] = ""
+    interleaved: ClassVar[bool] = False
+
+    def check(self) -> None:
+        pass
+
+    def refuses(self, plan: PruningPlan) -> str | None:
+        return None
 
     def recover(self, request: RecoveryRequest) -> Recovered:
         states = request.teacher(request.text.ids[:2], [-1, 3])
@@ -178,8 +188,6 @@ def own(tmp_path: Path) -> TinyPruner:
 
 
 def test_what_was_done_stands_in_the_origin_of_the_plan(own: TinyPruner, tmp_path: Path) -> None:
-    from flexi_plugins.pruner import Training
-
     plan = PruningPlan.keep(own.checkpoint.shape, (0, 1, 3))
     setting = Training(length=16, tokens=64, held_out=2)
     found = own.recover(plan, "nudge", setting, tmp_path / "training")
@@ -188,6 +196,41 @@ def test_what_was_done_stands_in_the_origin_of_the_plan(own: TinyPruner, tmp_pat
     assert (said["method"], said["facts"], said["notes"]) == ("nudge", {"bits": 4.0}, ["a note"])
     assert said["training"]["tokens"] == 64
     assert PruningPlan.from_json(found.plan.to_json()).origin == found.plan.origin
+
+
+def test_a_second_training_keeps_what_is_said_of_the_first(own: TinyPruner, tmp_path: Path) -> None:
+    setting = Training(length=16, tokens=64, held_out=2)
+    once = own.recover(PruningPlan.keep(own.checkpoint.shape, (0, 1, 3)), "nudge", setting, tmp_path / "a")
+    twice = own.recover(once, "nudge", replace(setting, tokens=32), tmp_path / "b").plan.origin["recovery"]
+    assert twice["training"]["tokens"] == 32
+    assert twice["earlier"] == once.plan.origin["recovery"]
+
+
+def test_a_trained_plan_without_its_tensors_is_not_made_anew_without_training(own: TinyPruner, tmp_path: Path) -> None:
+    setting = Training(length=16, tokens=64, held_out=2)
+    found = own.recover(PruningPlan.keep(own.checkpoint.shape, (0, 1, 3)), "nudge", setting, tmp_path)
+    with pytest.raises(
+        FlexiError, match=r"it was trained, and its 1 tensors .* are missing; they lie in the file beside"
+    ):
+        own.attach(found.plan)
+
+
+def test_text_to_train_on_and_text_to_choose_by_share_no_window_and_are_not_what_is_measured(own: TinyPruner) -> None:
+    setting = Training(length=16, tokens=160, held_out=5)
+    text, held_out, _ = own.training_texts(setting)
+    assert (len(text.ids), len(held_out.ids)) == (10, 5)
+    measured, _ = token_windows(PythonDocs(), "held-out", None, own.tokenizer, 16, 200)
+    found = [{tuple(w) for w in part.tolist()} for part in (text.ids, held_out.ids, torch.tensor(measured))]
+    assert len(found[0] | found[1] | found[2]) == sum(map(len, found))
+    longer, same, _ = own.training_texts(replace(setting, tokens=320))
+    assert torch.equal(same.ids, held_out.ids)
+    assert torch.equal(longer.ids[:10], text.ids)
+
+
+@pytest.mark.parametrize(("name", "least"), [("length", 2), ("tokens", 0), ("held_out", 1)])
+def test_numbers_that_no_text_has_are_refused(name: str, least: int) -> None:
+    with pytest.raises(FlexiError, match=rf"training: {name} = {least - 1}, expected {least} or more"):
+        Training(**{name: least - 1})
 
 
 def test_the_teachers_states_are_those_of_the_original(own: TinyPruner) -> None:

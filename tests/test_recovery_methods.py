@@ -23,7 +23,7 @@ from flexi_plugins.errors import FlexiError
 from flexi_plugins.hookspecs import Recovered, RecoveryMethod
 from flexi_plugins.recovery.adapters import Adapters
 from flexi_plugins.recovery.full import Full
-from flexi_plugins.recovery.lora import Lora, add_lora, linear_maps, merged, own_adapters
+from flexi_plugins.recovery.lora import Lora, add_lora, linear_maps, merged, output_gains, own_adapters
 from flexi_plugins.recovery.training import replaced, trainable, working_copy
 
 IDS = tokens(3, 10)
@@ -124,7 +124,8 @@ def test_lora_is_peft_trained_by_adamw_and_merged(tmp_path: Path) -> None:
 def test_lora_on_blocks_that_share_weights_trains_the_donor_and_their_adapters(tmp_path: Path) -> None:
     model, plan = shared()
     found = Lora(**QUICK).recover(ask(tmp_path, model, plan=plan))
-    assert changed(found.model, model) == maps_of(model, (0, 1, 2)) | set(own_adapters(model))
+    own = own_adapters(model) + output_gains(model)
+    assert changed(found.model, model) == maps_of(model, (0, 1, 2)) | set(own)
     assert len(own_adapters(model)) == 2 * 2 * len(Family.ROLES)
 
 
@@ -134,11 +135,10 @@ def test_lora_is_put_on_the_maps_that_are_asked_for(tmp_path: Path) -> None:
     ends = ("q_proj.weight", "down_proj.weight")
     expected = {name for name in maps_of(model, (0, 1, 2)) if name.endswith(ends)}
     expected |= {name for name in own_adapters(model) if ".q_proj." in name or ".down_proj." in name}
+    expected |= set(output_gains(model))
     assert changed(found.model, model) == expected
     with pytest.raises(FlexiError, match=r"lora: unknown map 'q_proj': .*there is attention_output, down"):
-        Lora(maps=("q_proj",)).recover(ask(tmp_path, model, plan=plan))
-    with pytest.raises(FlexiError, match=r"LoRA: rank = 0, expected 1 or more"):
-        Lora(rank=0).recover(ask(tmp_path, model, plan=plan))
+        Lora(maps=("q_proj",)).check()
 
 
 def test_a_merge_is_formed_in_float32_and_rounded_once() -> None:
@@ -179,10 +179,9 @@ def test_adapters_can_have_mergeable_lora_on_the_kept_blocks(tmp_path: Path) -> 
 
 
 def test_adapters_without_replaced_blocks_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(
-        FlexiError, match=r"adapters: expected blocks that run with another's .*share-lora, or .* lora or"
-    ):
-        Adapters().recover(ask(tmp_path))
+    reason = Adapters().refuses(ask(tmp_path).plan)
+    assert reason
+    assert "this plan has no such blocks; take a plan of share-lora or extend, or recover this one by lora" in reason
 
 
 @pytest.mark.parametrize("make", [shared, uneven])

@@ -510,14 +510,14 @@ def test_padding_on_the_left():
 
 def test_attached_tensors_lie_beside_the_plan(tmp_path):
     plan, _ = write("llama", tmp_path / "x", everything)
-    beside = load_file(tmp_path / "x" / "plan.safetensors")
+    beside = load_file(tmp_path / "x" / "plan.tensors")
     assert {n for n, _ in plan.tensors} == set(beside)
     assert all(torch.equal(t, everything(plan.shape)[1][n]) for n, t in beside.items())
 
 
 def test_tensors_beside_a_plan_are_those_it_was_saved_with(tmp_path):
     plan, _ = write("llama", tmp_path / "x", everything)
-    file = tmp_path / "x" / "plan.safetensors"
+    file = tmp_path / "x" / "plan.tensors"
     tensors = read_attached(plan, file)
     assert all(torch.equal(t, everything(plan.shape)[1][n]) for n, t in tensors.items())
     save_file({**tensors, "blocks.2.down.lora_a": 2 * tensors["blocks.2.down.lora_a"]}, file)

@@ -11,9 +11,13 @@ import torch
 from studies import make_model, make_study, make_text, plugins_with, run_study, values
 from torch import nn
 
+from flexi_plugins.data import PruningPlan
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.hookspecs import Recovered, RecoveryRequest
 from flexi_plugins.pruner import Pruner
+from flexi_plugins.reports import ranking
+from flexi_plugins.store import rows
+from flexi_plugins.studyfile import read_study
 
 MERGES = '{ name = "concat-merge", merges = 2 }'
 
@@ -27,6 +31,14 @@ class Quieter:
     calls: ClassVar[list[str]] = []
     name: ClassVar[str] = "quieter"
     paper: ClassVar[str] = ""
+    interleaved: ClassVar[bool] = False
+
+    def check(self) -> None:
+        if self.factor < 0:
+            raise FlexiError(f"{self.name}: factor = {self.factor}, expected 0 or more")
+
+    def refuses(self, plan: PruningPlan) -> str | None:
+        return None
 
     def recover(self, request: RecoveryRequest) -> Recovered:
         self.calls.append(str(request.folder))
@@ -39,12 +51,22 @@ class Quieter:
 
 @dataclass(frozen=True)
 class Unable(Quieter):
-    """Finds nothing to train."""
+    """Fails."""
 
     name: ClassVar[str] = "unable"
 
     def recover(self, request: RecoveryRequest) -> Recovered:
-        raise FlexiError("unable: there is nothing to train")
+        raise FlexiError("unable: this went wrong")
+
+
+@dataclass(frozen=True)
+class Picky(Quieter):
+    """Finds nothing to train."""
+
+    name: ClassVar[str] = "picky"
+
+    def refuses(self, plan: PruningPlan) -> str | None:
+        return f"picky: {len(plan.blocks)} blocks are not enough"
 
 
 @dataclass(frozen=True)
@@ -60,7 +82,9 @@ class Interleaved(Quieter):
         (request.folder / "checkpoint-1").mkdir(parents=True)
         linear: Any = request.model.get_submodule("model.layers")[-1]
         linear.mlp.down_proj.weight = nn.Parameter(linear.mlp.down_proj.weight * 0.5, requires_grad=False)
-        return Recovered(request.model, ({"tokens": 0.0}, {"tokens": float(request.tokens)}), notes=("one",))
+        facts = {"trained_tokens": float(request.tokens), "bits": 4.0}
+        (request.folder / "packed.bin").write_text(str(len(request.plan.blocks)))
+        return Recovered(request.model, ({"tokens": 0.0}, {"tokens": float(request.tokens)}), facts, ("one",))
 
 
 @dataclass(frozen=True)
@@ -105,9 +129,8 @@ def test_recoveries_share_a_plan_and_differ_in_what_is_trained(
     assert half.plan.blocks[-1].own == ("down.weight",)
     assert half.plan.origin["recovery"]["facts"] == {"halved": 1.0}
     assert quarter.plan.origin["recovery"]["options"]["factor"] == 0.25
-    assert len({next(iter(v.values())) for v in values([none, half]).values()} | {quarter.measurements[0].value}) == 3
+    assert len({r.measurements[0].value for r in (none, half, quarter)}) == 3
     assert (tmp_path / "run" / "curves.svg").read_text().startswith("<?xml")
-    assert not (tmp_path / "run" / "training").exists() or not list((tmp_path / "run" / "training").iterdir())
 
 
 def test_the_recovered_models_numbers_are_those_of_the_model(model: Path, text: Path, tmp_path: Path) -> None:
@@ -141,11 +164,71 @@ def test_what_was_trained_is_not_trained_again(model: Path, text: Path, tmp_path
     assert values(first) == values(again)
 
 
-def test_a_method_that_finds_nothing_to_train_fails_its_cell_alone(model: Path, text: Path, tmp_path: Path) -> None:
-    file = study(tmp_path, model, text, 'recovery = ["unable", "quieter"]\ndense = false')
-    unable, quieter = run_study(file, tmp_path / "run", plugins_with(recovery_methods=[Quieter(), Unable()]))
-    assert (unable.status, unable.reason) == ("failed", "unable: there is nothing to train")
+def test_a_method_that_fails_or_finds_nothing_to_train_stops_no_other_cell(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = study(tmp_path, model, text, 'recovery = ["unable", "picky", "quieter"]\ndense = false')
+    plugins = plugins_with(recovery_methods=[Quieter(), Unable(), Picky()])
+    unable, picky, quieter = run_study(file, tmp_path / "run", plugins)
+    assert (unable.status, unable.reason) == ("failed", "unable: this went wrong")
+    assert (picky.status, picky.reason) == ("incompatible", "picky: 4 blocks are not enough")
     assert quieter.status == "complete"
+    monkeypatch.setattr(Pruner, "make", lambda self, *a: pytest.fail("the plan is there"))
+    run_study(file, tmp_path / "run", plugins)
+
+
+def test_options_of_a_recovery_are_checked_before_anything_is_loaded(model: Path, text: Path, tmp_path: Path) -> None:
+    wrong = '{ name = "lora", rank = 0, dropout = 1.0, maps = ["x"] }, { name = "quieter", factor = -1.0 }'
+    file = study(tmp_path, model, text, f"recovery = [{wrong}]")
+    with pytest.raises(FlexiError) as caught:
+        read_study(file, plugins_with(recovery_methods=[Quieter()]))
+    assert "lora: rank = 0, expected 1 or more; dropout = 1.0, expected 0 <= dropout < 1; unknown map 'x'" in str(
+        caught.value
+    )
+    assert "quieter: factor = -1.0, expected 0 or more" in str(caught.value)
+
+
+def test_the_seconds_of_a_training_are_those_it_took_when_it_was_trained(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    file = study(tmp_path, model, text, 'recovery = ["quieter"]\ndense = false')
+    plugins = plugins_with(recovery_methods=[Quieter()])
+    (first,) = run_study(file, tmp_path / "run", plugins)
+    for record in (tmp_path / "run" / "records").glob("*.json"):
+        record.unlink()
+    (again,) = run_study(file, tmp_path / "run", plugins)
+    stages = ("statistics", "plan", "recovery")
+    assert [again.seconds[s] for s in stages] == [first.seconds[s] for s in stages]
+
+
+def test_the_seeds_of_a_trained_method_are_one_method(model: Path, text: Path, tmp_path: Path) -> None:
+    """Each draws a text of its own, and the plans are as equal as the seeds make them."""
+    file = study(tmp_path, model, text, 'recovery = ["none", "quieter"]\nseeds = [0, 1]')
+    records = run_study(file, tmp_path / "run", plugins_with(recovery_methods=[Quieter()]))
+    texts = [r.plan.origin["recovery"]["training"]["text"] for r in records if r.cell.recovery == "quieter"]
+    assert len(set(texts)) == 2
+    board = ranking.ranked(rows(records)).to_dict("records")
+    assert [(r["recovery"], r["seeds"], r["variant"]) for r in board[1:]] == [
+        ("none", "0 1", ""),
+        ("quieter", "0 1", ""),
+    ]
+    ((before, after),) = ranking.before_and_after(ranking.methods(rows(records)))
+    assert (before["seeds"], after["seeds"]) == ("0 1", "0 1")
+
+
+def test_models_as_they_were_pruned_are_measured_before_any_is_trained(model: Path, text: Path, tmp_path: Path) -> None:
+    file = study(tmp_path, model, text, 'recovery = ["quieter", "none"]')
+    seen: list[set[str]] = []
+
+    class Looking(Quieter):
+        name: ClassVar[str] = "quieter"
+
+        def recover(self, request: RecoveryRequest) -> Recovered:
+            seen.append({p.name.split("-s0")[0] for p in (tmp_path / "run" / "records").glob("*.json")})
+            return super().recover(request)
+
+    run_study(file, tmp_path / "run", plugins_with(recovery_methods=[Looking()]))
+    assert [len(names) for names in seen] == [2]
 
 
 def test_records_without_recovery_are_what_they_were_before_there_was_any(
@@ -173,8 +256,10 @@ def test_an_interleaved_method_trains_behind_every_step_on_its_share_of_the_text
     assert any(r.own for r in other.plan.blocks)  # what the first training changed is known to the second
     said = record.plan.origin["recovery"]
     assert [point["tokens"] for point in said["curve"]] == [0, 32, 32, 64]
-    assert said["facts"] == {"trainings": 2}
+    assert said["facts"] == {"trained_tokens": 64.0, "bits": 4.0, "trainings": 2}
     assert said["notes"] == ["one", "one"]
+    (kept,) = (tmp_path / "run" / "plans").glob("*.packed.bin")
+    assert kept.read_text() == "4"  # what the last training left
 
 
 def test_too_few_tokens_for_the_steps_of_an_interleaved_method_are_an_error(

@@ -23,6 +23,7 @@ from flexi_plugins.modeling import BlockSpec, build_block
 from flexi_plugins.rewrite import Tensors, block_tensors, check_attached
 
 NOTHING: Tensors = {}
+OUTERS = 4  # embeddings and heads that are plans' own, held at once
 
 
 class _Recorder(nn.Module):
@@ -223,6 +224,8 @@ class Blocks:
             return self._outer
         key = tuple((n, d) for n, d in plan.tensors if n.startswith("outer."))
         if key not in self._outers:
+            while len(self._outers) >= OUTERS:
+                del self._outers[next(iter(self._outers))]
             own = {name: attached[f"outer.{name}"].to(self.device, self.dtype) for name in plan.own}
             self._outers[key] = {**self._outer, **own}
         return self._outers[key]

@@ -39,6 +39,7 @@ from flexi_plugins.recovery.training import (
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+STATES = 2**29  # bytes of the original's states that are made ahead of the batches that need them
 Kind = Literal["kl", "mse"]
 Teacher = Callable[["Tensor", Sequence[int]], Mapping[int, "Tensor"]]
 Batch = Mapping[str, "Tensor"]
@@ -51,9 +52,11 @@ class Distill(TrainingOptions):
     loss: on the residual stream behind a block. temperature: of the softmax. input: what enters a block, the original's
     state or what the pruned model gives it; with "student" gradients pass the whole model, so that early blocks learn for
     late ones too. when: once at the end, or behind each merge of a progressive strategy on an equal share of the text, so
-    that the next merge is chosen by the scores of the trained model. blocks: which are trained: those that stand for more
-    than one original block, these and all that are not what they were, or all; blocks that lend their weights to others
-    stay as they are. logit_weight: of the KL between both models' next-token distributions, where the whole model runs.
+    that the next merge is chosen by the scores of the trained model; early merges are then trained with each later one
+    again, on less text than at the end. blocks: which are trained: those that stand for more than one original block, these
+    and all that are not what they were, or all; blocks that lend their weights to others stay as they are, and so do blocks
+    that are what they were where the original feeds them, since they give its states already. logit_weight: of the KL
+    between both models' next-token distributions (at the same temperature, times T^2), where the whole model runs.
     memory: GiB that weights, gradients and moments of the blocks trained at once may take (one block may take more); the
     original passes the text once for each such group. The gradient is not clipped unless asked for: one norm would tie
     independent blocks together.
@@ -83,8 +86,23 @@ class Distill(TrainingOptions):
             yield f"temperature = {self.temperature}, expected more than 0"
         if not self.logit_weight >= 0:
             yield f"logit_weight = {self.logit_weight}, expected 0 or more"
+        if self.when == "each" and self.blocks != "merged":
+            yield f"blocks = {self.blocks!r} with when = 'each', but a block that was trained cannot be merged; set 'merged'"
         if self.logit_weight and self.input == "teacher":
             yield f"logit_weight = {self.logit_weight}, but single blocks give no logits; set input = 'student' for them"
+
+    def refuses(self, plan: PruningPlan) -> str | None:
+        """Return why there is nothing to train, or no state to compare with, in a plan's model; None where there is."""
+        if self.logit_weight and plan.own:
+            return (
+                f"{self.name}: logit_weight = {self.logit_weight}, but the original's logits cannot be had with this plan's own "
+                f"{', '.join(plan.own)}; set logit_weight = 0"
+            )
+        try:
+            self.runs(plan)
+        except FlexiError as error:
+            return str(error)
+        return None
 
     def recover(self, request: RecoveryRequest) -> Recovered:
         """Return the model with its blocks distilled; losses in the curve are sums over the trained blocks.
@@ -101,8 +119,9 @@ class Distill(TrainingOptions):
         lenders = {plan.donor(position) for position in range(len(plan.blocks))}
 
         def wanted(run: Run) -> bool:
-            changed = self.blocks == "changed" and plan.blocks[run.position].whole is None
-            return (run.merged or changed or self.blocks == "all") and run.position not in lenders
+            unchanged = self.blocks == "all" and self.input == "student"
+            changed = self.blocks != "merged" and plan.blocks[run.position].whole is None
+            return (run.merged or changed or unchanged) and run.position not in lenders
 
         chosen = [run for run in correspondences(plan) if wanted(run)]
         if not chosen:
@@ -120,10 +139,8 @@ class Distill(TrainingOptions):
         frame, by_position = Frame(model, request.plan, request.device), {run.position: run for run in runs}
         for positions in groups(request, by_position, self.memory):
             chosen = [by_position[p] for p in positions]
-            loss, measure = (
-                partial(self._forced, request.plan, chosen, frame, teacher)
-                for teacher in (request.teacher, remembered(request.teacher))
-            )
+            teachers = self._coming(request), remembered(request.teacher)
+            loss, measure = (partial(self._forced, request.plan, chosen, frame, teacher) for teacher in teachers)
             who = f"{self.name}-{positions[0]}" + (f"-to-{positions[-1]}" if len(positions) > 1 else "")
             trained, tensors = train_apart(request, positions, self, who, loss, measure)
             trainings.append(trained)
@@ -131,6 +148,9 @@ class Distill(TrainingOptions):
             del tensors
             gc.collect()  # Trainer refers to itself, and so holds the moments
         return Recovered(model, *summed(trainings), tuple(note for t in trainings for note in t.notes))
+
+    def _coming(self, request: RecoveryRequest) -> Teacher:
+        return ahead(request.teacher, request.text.ids, request.plan.shape.hidden)
 
     def _forced(
         self, plan: PruningPlan, runs: Sequence[Run], frame: Frame, teacher: Teacher, blocks: Any, batch: Batch
@@ -146,11 +166,6 @@ class Distill(TrainingOptions):
 
     def _inside(self, request: RecoveryRequest, runs: Sequence[Run]) -> Recovered:
         """Train the blocks inside the pruned model, on what it hands them itself."""
-        if self.logit_weight and request.plan.own:
-            raise FlexiError(
-                f"{self.name}: logit_weight = {self.logit_weight}, but the original's logits cannot be had with this plan's own "
-                f"{', '.join(request.plan.own)}; set logit_weight = 0"
-            )
         prefix, _ = blocks_of(request.model, request.plan)
         own = tuple(f"{prefix}.{run.position}." for run in runs)
         names = [name for name, _ in request.model.named_parameters() if name.startswith(own)]
@@ -164,6 +179,7 @@ class Distill(TrainingOptions):
         wanted = [*(run.last for run in runs), *([last] if self.logit_weight else [])]
         frame, head = Frame(model, plan, request.device), model.get_output_embeddings()
         outputs: dict[int, Tensor] = {}
+        teacher = self._coming(request)
         for run in runs:
             block = blocks_of(model, plan)[1][run.position]
             block.register_forward_hook(partial(_noted, outputs, run.position))
@@ -171,7 +187,7 @@ class Distill(TrainingOptions):
         def loss(student: nn.Module, batch: Batch) -> Tensor:
             keep = 0 if self.logit_weight else 1  # tokens whose logits are made; 0: all
             found = student(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=keep)
-            states = asked(request.teacher, batch, wanted)
+            states = asked(teacher, batch, wanted)
             total = self._compared(plan, runs, [outputs.pop(run.position) for run in runs], states, batch)
             if not self.logit_weight:
                 return total
@@ -232,12 +248,35 @@ def asked(teacher: Teacher, batch: Batch, blocks: Sequence[int]) -> dict[int, Te
     return {block: states.to(ids.device).float() for block, states in teacher(ids, sorted(set(blocks))).items()}
 
 
-def remembered(teacher: Teacher) -> Teacher:
-    """Return a teacher that keeps its answers: for the held-out windows, about which it is asked again and again."""
-    known: dict[bytes, Mapping[int, Tensor]] = {}
+def ahead(teacher: Teacher, text: Tensor, hidden: int) -> Teacher:
+    """Return a teacher that is asked about as many of the coming windows of a text as fit into ``STATES`` bytes.
+
+    text: (windows, tokens), whose rows are asked about in their order; hidden: channels of a state. An original that is
+    streamed from its files is then read once for many batches.
+    """
+    places = {row.numpy().tobytes(): place for place, row in enumerate(text.cpu().long())}
+    known: Mapping[int, Tensor] = {}
+    held = range(0)
 
     def ask(ids: Tensor, blocks: Sequence[int]) -> Mapping[int, Tensor]:
-        key = ids.cpu().numpy().tobytes()
+        nonlocal known, held
+        rows = [places[row.numpy().tobytes()] for row in ids.cpu().long()]
+        if known.keys() != set(blocks) or not set(rows) <= set(held):
+            known, first, needed = {}, min(rows), max(rows) + 1 - min(rows)
+            batches = max(1, int(STATES / (4 * text.shape[1] * hidden * len(blocks))) // needed)
+            held = range(first, min(first + batches * needed, len(text)))
+            known = teacher(text[held.start : held.stop], blocks)
+        return {block: states[[row - held.start for row in rows]] for block, states in known.items()}
+
+    return ask
+
+
+def remembered(teacher: Teacher) -> Teacher:
+    """Return a teacher that keeps its answers: for the held-out windows, about which it is asked again and again."""
+    known: dict[tuple[bytes, tuple[int, ...]], Mapping[int, Tensor]] = {}
+
+    def ask(ids: Tensor, blocks: Sequence[int]) -> Mapping[int, Tensor]:
+        key = ids.cpu().numpy().tobytes(), tuple(blocks)
         if key not in known:
             known[key] = teacher(ids, blocks)
         return known[key]

@@ -28,20 +28,26 @@ from flexi_plugins.recovery.training import Schedule, Trained, TrainingOptions, 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-PACKED_FILE = "packed.safetensors"
+PACKED_FILE = "weights.packed"  # not *.safetensors, which other loaders would take for weights
 
 
 @dataclass(frozen=True)
-class Groups:
+class Groups(TrainingOptions):
     """How weights are quantised. A group at the end of a row may be shorter than ``group_size`` columns."""
 
     bits: Literal[2, 3, 4, 8] = 4
     group_size: int = 32
     factors: Literal["float32", "float16"] = "float32"  # scales and zero factors; what adapters are merged to
 
+    def problems(self) -> Iterator[str]:
+        """Yield what is wrong with each option."""
+        yield from super().problems()
+        if self.group_size < 1:
+            yield f"group_size = {self.group_size}, expected 1 or more columns"
+
 
 @dataclass(frozen=True)
-class GroupQuant(Groups, TrainingOptions):
+class GroupQuant(Groups):
     """Quantise the blocks' linear maps in groups of columns, and train adapters that go into their zero factors.
 
     Of rank 0, or on 0 tokens, it is rounding to nearest alone. Embedding, head, norms, biases, and the adapters of blocks
@@ -59,9 +65,14 @@ class GroupQuant(Groups, TrainingOptions):
     name: ClassVar[str] = "group-quant"
     paper: ClassVar[str] = "SAAP, arXiv 2412.15127, read as QA-LoRA, arXiv 2309.14717"
 
+    def problems(self) -> Iterator[str]:
+        """Yield what is wrong with each option."""
+        yield from super().problems()
+        if self.rank < 0:
+            yield f"rank = {self.rank}, expected 0 (no training) or more"
+
     def recover(self, request: RecoveryRequest) -> Recovered:
         """Return the model with de-quantised weights; facts count the bytes of the packed ones."""
-        _check(self, [f"rank = {self.rank}, expected 0 (no training) or more"] if self.rank < 0 else [])
         packed = rounded(self, request)
         if not (self.rank and request.tokens):
             return _stored(self, request, packed, Trained((), {"trained_parameters": 0}, ()))
@@ -120,7 +131,7 @@ class GroupQuant(Groups, TrainingOptions):
 
 
 @dataclass(frozen=True)
-class LoraQuantise(Groups, Lora):
+class LoraQuantise(Lora, Groups):
     """LoRA on the weights as they are, merged, then rounding to nearest: what QA-LoRA is compared with (QLoRA w/ GPTQ)."""
 
     name: ClassVar[str] = "lora-quantise"
@@ -128,22 +139,12 @@ class LoraQuantise(Groups, Lora):
 
     def recover(self, request: RecoveryRequest) -> Recovered:
         """Return the model with de-quantised weights; the curve is that of the weights before they were rounded."""
-        _check(self, [])
         trained = super().recover(request)
         request = replace(request, model=trained.model)
         return _stored(self, request, rounded(self, request), trained)
 
 
 Method = GroupQuant | LoraQuantise
-
-
-def _check(method: Method, problems: list[str]) -> None:
-    """Raise one FlexiError for all that is wrong with a method's options."""
-    problems = [*method.problems(), *problems]
-    if method.group_size < 1:
-        problems.append(f"group_size = {method.group_size}, expected 1 or more columns")
-    if problems:
-        raise FlexiError(f"{method.name}: {'; '.join(problems)}")
 
 
 def rounded(method: Method, request: RecoveryRequest) -> dict[str, Packed]:

@@ -6,12 +6,12 @@ steps of warm-up in 1,555, here a share, and a linear schedule. Theirs are steps
 smaller (see ``TrainingOptions``).
 
 Where blocks share weights: the LoRA of a donor's map is that of all blocks which run with it, in training as after the
-merge, and the adapters that those blocks have of their own are trained as they are. Output norms and gains are not.
+merge, and what those blocks have of their own, adapters and the gains of output norms, is trained as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -48,12 +48,18 @@ class Lora(TrainingOptions):
     name: ClassVar[str] = "lora"
     paper: ClassVar[str] = "LLM-Pruner, arXiv 2305.11627"
 
+    def problems(self) -> Iterator[str]:
+        """Yield what is wrong with each option."""
+        yield from super().problems()
+        if self.rank < 1:
+            yield f"rank = {self.rank}, expected 1 or more"
+        if not 0 <= self.dropout < 1:
+            yield f"dropout = {self.dropout}, expected 0 <= dropout < 1"
+        yield from (unknown("map", role, Family.ROLES) for role in self.maps if role not in Family.ROLES)
+
     def recover(self, request: RecoveryRequest) -> Recovered:
         """Return the model with the trained updates merged in: the same modules, and as many parameters."""
-        for role in self.maps:
-            if role not in Family.ROLES:
-                raise FlexiError(f"{self.name}: {unknown('map', role, Family.ROLES)}")
-        own = own_adapters(request.model, self.maps)
+        own = own_adapters(request.model, self.maps) + output_gains(request.model)
         names = linear_maps(request.model, self.maps)
         if not names and not own:
             raise FlexiError(f"{self.name}: the model has none of the maps {', '.join(self.maps)}; name others in maps")
@@ -78,6 +84,11 @@ def own_adapters(model: nn.Module, roles: Collection[str] = tuple(Family.ROLES))
     return [name for name, _ in model.named_parameters() if name.endswith(ends)]
 
 
+def output_gains(model: nn.Module) -> list[str]:
+    """Return the names of the gains of the output norms that replaced blocks have."""
+    return [name for name, _ in model.named_parameters() if name.endswith(".output_norm.weight")]
+
+
 def only(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
     """Return the tensors of these names."""
     return {name: tensors[name] for name in names}
@@ -93,8 +104,6 @@ def add_lora(model: nn.Module, names: Collection[str], rank: int, alpha: float, 
         return {}
     from peft import LoraConfig, inject_adapter_in_model
 
-    if rank < 1:
-        raise FlexiError(f"LoRA: rank = {rank}, expected 1 or more; set the option rank")
     before = trainable(model)
     inject_adapter_in_model(
         LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(names)), model

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from flexi_plugins.data import PruningPlan
 from flexi_plugins.hookspecs import Recovered, RecoveryMethod, RecoveryRequest, hookimpl
 
 
@@ -14,6 +15,15 @@ class NoRecovery:
 
     name: ClassVar[str] = "none"
     paper: ClassVar[str] = ""
+
+    interleaved: ClassVar[bool] = False
+
+    def check(self) -> None:
+        """Accept all options: there are none."""
+
+    def refuses(self, plan: PruningPlan) -> str | None:
+        """Accept every plan."""
+        return None
 
     def recover(self, request: RecoveryRequest) -> Recovered:
         """Return the model unchanged."""

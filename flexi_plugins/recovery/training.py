@@ -1,8 +1,9 @@
 """The training core of recovery methods: some parameters of a model, on given text, for a budget of tokens.
 
-transformers' Trainer does the work: gradient accumulation, mixed precision, several GPUs (under torchrun or accelerate
-launch), checkpoints and resuming. Ours are the arithmetic of the budget, the order of the text, the loss curve, when to
-stop, and which state is kept. A method trains a copy and puts what came of it beside what stays:
+transformers' Trainer does the work: gradient accumulation, mixed precision, several processes (``torchrun ... -m
+flexi_plugins.cli recover``, one a GPU), checkpoints and resuming. Ours are the arithmetic of the budget, the order of the
+text, the loss curve, when to stop, and which state is kept. A method trains a copy and puts what came of it beside what
+stays:
 
     model = working_copy(request.model, names, request.dtype)
     trained = train(request, model, options, "name")
@@ -24,9 +25,9 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from flexi_plugins.data import digest
+from flexi_plugins.data import PruningPlan, digest
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.hookspecs import Recovered, RecoveryRequest, TrainingText
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 IGNORED = -100  # the label of a token that is no target
 STATE = "trained.safetensors"  # the trained parameters, in a checkpoint
 START = "start.safetensors"  # the same before the first step
+NOISE = 1e-4  # nats: a loss that is lower than that cannot diverge from itself
 DEVICES = ("cpu", "cuda", "cuda:0")
 
 Schedule = Literal["cosine", "linear", "constant"]
@@ -74,6 +76,23 @@ class TrainingOptions:
     evaluate_every: int | None = None
     keep: Literal["best", "last"] = "best"
     divergence: float = 1.5
+
+    name: ClassVar[str] = "training"
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether it trains behind every step of a progressive strategy (see ``RecoveryMethod``)."""
+        return False
+
+    def check(self) -> None:
+        """Raise one FlexiError for all options that cannot work."""
+        problems = list(self.problems())
+        if problems:
+            raise FlexiError(f"{self.name}: {'; '.join(problems)}")
+
+    def refuses(self, plan: PruningPlan) -> str | None:
+        """Return why there is nothing to train in a plan's model; None where there is."""
+        return None
 
     def problems(self) -> Iterator[str]:
         """Yield what is wrong with each option."""
@@ -266,6 +285,7 @@ def train(
         kept = run.kept(trainer.state.log_history)
         if run.stopped or kept["step"] != trainer.state.global_step:
             _read_state(model, folder / (f"checkpoint-{kept['step']}/{STATE}" if kept["step"] else START))
+        trainer.accelerator.wait_for_everyone()
     for name in ("forward", "_original_forward", "_is_accelerate_prepared"):  # accelerate's, for mixed precision
         model.__dict__.pop(name, None)
     return run.trained(trainer.state, kept, model)
@@ -351,7 +371,7 @@ class _Run:
                 f"{self.who}: the held-out loss is {held_out} before any training: the pruned model is broken; check its "
                 "tensors, or compute in float32"
             )
-        if before and not held_out <= self.options.divergence * lowest:
+        if before and not held_out <= self.options.divergence * max(lowest, NOISE):
             self.stop(control, step, f"the held-out loss went from {lowest:.4g} to {held_out:.4g}")
 
     def stop(self, control: Any, step: int, reason: str) -> None:
@@ -439,7 +459,9 @@ def _trainer(model: nn.Module, run: _Run, folder: Path) -> Any:
     trainer = type("RecoveryTrainer", (_Seams, Trainer), {"run": run})(
         model,
         arguments,
-        train_dataset=_windows(request.text, steps.windows),
+        train_dataset=_windows(
+            request.text, steps.windows, steps.micro * steps.processes if steps.processes > 1 else 1
+        ),
         eval_dataset=_windows(request.held_out),
         callbacks=[listener],
     )
@@ -450,13 +472,21 @@ def _trainer(model: nn.Module, run: _Run, folder: Path) -> Any:
     return trainer
 
 
-def _windows(text: TrainingText, count: int | None = None) -> Dataset:
-    """Return the first windows as a data set; the first token of a window is no target, since nothing predicts it."""
+def _windows(text: TrainingText, count: int | None = None, multiple: int = 1) -> Dataset:
+    """Return the first windows as a data set; the first token of a window is no target, since nothing predicts it.
+
+    multiple: of how many windows their number is to be; what is missing are windows without a target, where several
+    processes would else be given some twice.
+    """
+    import torch
     from torch.utils.data import StackDataset
 
-    labels = text.labels[:count].long().clone()
+    ids, labels = text.ids[:count].long(), text.labels[:count].long().clone()
     labels[:, 0] = IGNORED
-    return StackDataset(input_ids=text.ids[:count].long(), labels=labels)  # type: ignore[arg-type]
+    missing = -len(ids) % multiple
+    ids = torch.cat([ids, ids[:1].expand(missing, -1)])
+    labels = torch.cat([labels, torch.full_like(ids[:missing], IGNORED)])
+    return StackDataset(input_ids=ids, labels=labels)  # type: ignore[arg-type]
 
 
 def _summed(mean: Tensor, batch: Mapping[str, Tensor]) -> Tensor:

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Curve = Sequence[Mapping[str, float]]
-KINDS = (("held_out_loss", "held-out loss (nats a token)"), ("loss", "training loss (of each method's own kind)"))
+KINDS = (
+    ("held_out_loss", "held-out loss (nats a token)"),
+    ("held_out_block_loss", "held-out loss of blocks trained apart (sum)"),
+    ("loss", "training loss (of each method's own kind)"),
+)
 
 
 @hookimpl
@@ -40,22 +44,24 @@ class Curves:
         import matplotlib
 
         curves = rows.attrs.get("curves", {})
-        if not curves:
+        there = {name for curve in curves.values() for point in curve["points"] for name in point}
+        kinds = [(kind, label) for kind, label in KINDS if kind in there]
+        if not kinds:
             return ""
         with matplotlib.rc_context({"svg.hashsalt": "flexi_plugins"}):
             text = io.StringIO()
-            _figure(curves, title).savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+            _figure(curves, kinds, title).savefig(text, format="svg", metadata={"Date": None, "Creator": None})
         return text.getvalue()
 
 
-def _figure(curves: Mapping[str, Mapping[str, Any]], title: str) -> Any:
+def _figure(curves: Mapping[str, Mapping[str, Any]], kinds: Sequence[tuple[str, str]], title: str) -> Any:
     from matplotlib.figure import Figure
 
     methods = sorted({curve["method"] for curve in curves.values()})
     colours = {method: COLOURS[i % len(COLOURS)] for i, method in enumerate(methods)}
     figure = Figure(figsize=(8.5, 7.0), layout="constrained")
     figure.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold")
-    for axes, (kind, label) in zip(figure.subplots(len(KINDS), sharex=True), KINDS, strict=True):
+    for axes, (kind, label) in zip(figure.subplots(len(kinds), sharex=True, squeeze=False)[:, 0], kinds, strict=True):
         axes.set_ylabel(label)
         axes.grid(color="#e6e6e6", linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)

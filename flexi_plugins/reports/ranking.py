@@ -16,6 +16,7 @@ METHOD = ("model", "metric", "strategy", "ratio", "recovery")
 SIZES = ("true_ratio", "stored_parameters", "runtime_parameters", "macs_per_token")
 SPEED = ("checkpoint_mib", "peak_memory_mib", "tokens_per_second")
 UNRANKED = ("label", "seed", "options")  # columns of a record that a method has not
+OF_A_SEED = ("seed", "training.text")  # options in which the seeds of one method differ: theirs, and what they draw
 
 
 def ranked(rows: pd.DataFrame) -> pd.DataFrame:
@@ -93,14 +94,14 @@ def number(row: Mapping[Any, Any], name: str) -> float:
 
 
 def flat_options(text: Any) -> dict[str, str]:
-    """Return the options of a cell (JSON text) as dotted names and readable values, without seeds."""
+    """Return the options of a cell (JSON text) as dotted names and readable values, without those of its seed."""
     found: dict[str, str] = {}
 
     def walk(prefix: str, value: Any) -> None:
         if isinstance(value, Mapping):
             for key, inner in value.items():
                 walk(f"{prefix}.{key}" if prefix else key, inner)
-        elif prefix.rpartition(".")[2] != "seed":
+        elif not f".{prefix}".endswith(tuple(f".{name}" for name in OF_A_SEED)):
             found[prefix] = value if isinstance(value, str) else json.dumps(value)
 
     walk("", json.loads(text) if isinstance(text, str) and text else {})
@@ -159,7 +160,7 @@ def _tell_apart(methods: Sequence[Row]) -> None:
             row["variant"] = ", ".join(f"{n.rpartition('.')[2]}={own[n]}" for n in differing)
 
 
-def recovered(methods: Sequence[Row]) -> list[tuple[Row, Row]]:
+def before_and_after(methods: Sequence[Row]) -> list[tuple[Row, Row]]:
     """Return every method that was trained behind the same one before it was, where both have a result."""
     before = {_untrained(row): row for row in methods if row["recovery"] == "none"}
     return [

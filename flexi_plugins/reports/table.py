@@ -171,7 +171,7 @@ def _quality(done: Sequence[Row], names: Sequence[str]) -> list[str]:
 
 def _recovery(done: Sequence[Row], names: Sequence[str]) -> list[str]:
     """Return what training changed, method by method, and where it made perplexity no lower."""
-    pairs, perplexities = ranking.recovered(done), ranking.perplexities(names)[:1]
+    pairs, perplexities = ranking.before_and_after(done), ranking.perplexities(names)[:1]
     if not pairs or not perplexities:
         return []
     (first,) = perplexities

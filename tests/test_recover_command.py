@@ -1,0 +1,172 @@
+"""flexi recover and flexi extend, whole: from a command line to a folder, in one process and in two."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from studies import make_model, make_study, make_text, run_study
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner, Result
+
+from flexi_plugins.cli import app
+from flexi_plugins.data import PruningPlan
+from flexi_plugins.pruner import Pruner
+from flexi_plugins.store import Store
+
+Recover = Callable[..., Result]
+MERGED = ("--metric", "come", "--strategy", "concat-merge", "--ratio", "0.2")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture
+def recover(model: Path, text: Path) -> Recover:
+    def call(output: Path, *words: str, method: str = "lora", tokens: int = 256) -> Result:
+        return CliRunner().invoke(app, arguments(model, text, output, method, tokens, *words))
+
+    return call
+
+
+def arguments(model: Path, text: Path, output: Path, method: str, tokens: int, *words: str) -> list[str]:
+    """Return the words of a short training."""
+    corpora = ["--corpus", f"file:{text}", "--training-corpus", f"file:{text}"]
+    short = ["--length", "32", "--tokens", str(tokens), "--held-out", "2", "--dtype", "float32"]
+    quick = [f"--recovery-option={o}" for o in ("learning_rate=0.01", "batch_tokens=64", "keep=last")]
+    where = ["--model", str(model), "--method", method, "-o", str(output)]
+    return ["recover", *where, *corpora, *short, *quick, *words]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_a_pruned_model_is_trained_and_written_as_a_plain_folder(recover: Recover, tmp_path: Path) -> None:
+    done = recover(tmp_path / "out", *MERGED)
+    assert done.exit_code == 0, done.output
+    assert "trained by lora on 256 tokens: held-out loss " in done.output
+    assert "a plain transformers folder" in done.output
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert found.config.num_hidden_layers < 6
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_stopped_training_is_taken_up_with_the_plan_that_was_made(
+    recover: Recover, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pruner, "recover", stopped)
+        recover(tmp_path / "out", *MERGED)
+    assert not (tmp_path / "out").exists()
+    assert list((tmp_path / "out.training" / "plan" / "plans").glob("*.json"))
+    monkeypatch.setattr(Pruner, "make", lambda *_: pytest.fail("the plan is there"))
+    assert recover(tmp_path / "out", *MERGED).exit_code == 0
+
+
+def test_the_command_and_a_study_train_the_same_model(
+    recover: Recover, model: Path, text: Path, tmp_path: Path
+) -> None:
+    training = f'\n[training]\ncorpus = "file:{text}"\nlength = 32\ntokens = 256\nheld_out = 2\n'
+    options = '{ name = "lora", learning_rate = 0.01, batch_tokens = 64, keep = "last" }'
+    file = make_study(
+        tmp_path / "s.toml", model, text, ["come"], ["concat-merge"], more=f"recovery = [{options}]", end=training
+    )
+    # the command's calibration is the default one
+    file.write_text(
+        file.read_text().replace("windows = 4\nlength = 64\ngradient_samples = 3\ngradient_length = 16", "")
+    )
+    record = run_study(file, tmp_path / "run")[-1]
+    assert record.status == "complete", record.reason
+    assert recover(tmp_path / "out", *MERGED).exit_code == 0
+    written = PruningPlan.from_json(json.loads((tmp_path / "out" / "plan.json").read_text()))
+    assert written.blocks == record.plan.blocks
+    assert written.tensors == record.plan.tensors
+    assert written.origin["recovery"] == record.plan.origin["recovery"]
+
+
+def test_what_quantisation_leaves_lies_in_the_folder_and_is_no_weight_file(recover: Recover, tmp_path: Path) -> None:
+    done = recover(tmp_path / "out", *MERGED, "--recovery-option=group_size=8", method="group-quant")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "out" / "weights.packed").is_file()
+    assert [p.name for p in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_an_extended_folder_is_trained_by_its_plan(recover: Recover, model: Path, text: Path, tmp_path: Path) -> None:
+    words = ["extend", "--model", str(model), "--blocks", "8", "-o", str(tmp_path / "longer"), "--dtype", "float32"]
+    done = CliRunner().invoke(app, [*words, "--corpus", f"file:{text}", "--output-gain", "0.1"])
+    assert done.exit_code == 0, done.output
+    done = recover(tmp_path / "out", "--plan", str(tmp_path / "longer" / "plan.json"), method="adapters")
+    assert done.exit_code == 0, done.output
+    assert len(json.loads((tmp_path / "out" / "plan.json").read_text())["blocks"]) == 8
+
+
+def test_the_model_itself_is_trained_where_no_plan_is_named(recover: Recover, tmp_path: Path, model: Path) -> None:
+    done = recover(tmp_path / "out", method="full")
+    assert done.exit_code == 0, done.output
+    before, after = weights(model), weights(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--recovery-option=rank=0",), "lora: rank = 0, expected 1 or more"),
+        (("--length=0",), "training: length = 0, expected 2 or more"),
+        (("--held-out=0",), "training: held_out = 0, expected 1 or more"),
+        (("--plan=x.json", "--ratio=0.2"), "give either --plan, or --metric, --strategy and --ratio"),
+    ],
+)
+def test_what_cannot_work_is_said_before_a_model_is_opened(
+    words: tuple[str, ...], message: str, recover: Recover, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pruner, "__init__", lambda *_, **__: pytest.fail("opened"))
+    done = recover(tmp_path / "out", *words)
+    assert message in str(done.exception)
+
+
+def test_a_method_with_nothing_to_train_in_a_plan_says_so(recover: Recover, tmp_path: Path) -> None:
+    done = recover(tmp_path / "out", *MERGED, method="adapters")
+    assert "this plan has no such blocks; take a plan of share-lora or extend" in str(done.exception)
+
+
+@pytest.mark.parametrize("windows", [8, 7], ids=["even", "uneven"])
+def test_two_processes_train_what_one_does(windows: int, model: Path, text: Path, tmp_path: Path) -> None:
+    """On batches that each has half of; where they do not come out even nothing is seen twice."""
+    store = Store(tmp_path / "plans")
+    store.write_plan("k" * 64, PruningPlan.keep(Pruner(str(model)).checkpoint.shape, (0, 1, 2, 4)), {})
+    (plan,) = (tmp_path / "plans" / "plans").glob("*.json")
+    words = arguments(model, text, tmp_path / "one", "full", 32 * windows, "--plan", str(plan), "--device", "cpu")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "flexi_plugins.cli"]
+    for start, name in ((["-m", "flexi_plugins.cli"], "one"), (torchrun, "two")):
+        call = [sys.executable, *start, *(w.replace(str(tmp_path / "one"), str(tmp_path / name)) for w in words)]
+        done = subprocess.run(call, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("written to") == 1
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.allclose(one[name], two[name], rtol=1e-3, atol=1e-4) for name in one)
+    curves = [
+        json.loads((tmp_path / name / "plan.json").read_text())["origin"]["recovery"]["curve"]
+        for name in ("one", "two")
+    ]
+    for point, other in zip(*curves, strict=True):
+        assert point == pytest.approx(other, rel=1e-4)
