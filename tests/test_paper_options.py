@@ -156,6 +156,26 @@ def test_pairs_as_mka_chooses_them_are_the_last():
     assert [tuple(s for s, _ in r.norm_weights) for r in found.blocks] == [(0,), (1,), (2, 3), (4, 5)]
 
 
+def test_a_pair_can_be_summed_or_lose_a_block_in_the_place_of_concatenation():
+    """The same pair and the same shares, and another block made of them."""
+    own = pruner()
+    plans = {m: own.plan(CoMe(), ConcatMerge(merge=m, merges=2), 0.0) for m in ("concat", "sum", "drop")}
+    notes = {m: p.origin["notes"][0].rsplit(",", 1 if m != "concat" else 2)[0] for m, p in plans.items()}
+    assert len(set(notes.values())) == 1
+    assert [len(p.blocks) for p in plans.values()] == [4, 4, 4]
+    mixed = next(r for r in plans["sum"].blocks if r.mix)
+    (one, share), (other, rest) = mixed.mix
+    assert other == one + 1
+    assert share + rest == pytest.approx(1.0)
+    position = plans["sum"].blocks.index(mixed)
+    block = build_model(plans["sum"], own.checkpoint).model.layers[position]
+    gates = [own.checkpoint.block(i)["gate"] for i in (one, other)]
+    assert close(block.mlp.gate_proj.weight, share * gates[0] + rest * gates[1])
+    assert sorted(r.whole for r in plans["drop"].blocks) == [r.whole for r in plans["drop"].blocks]
+    gone = one if share < rest else other
+    assert gone not in [r.whole for r in own.plan(CoMe(), ConcatMerge(merge="drop", merges=1), 0.0).blocks]
+
+
 def test_tiled_query_heads_are_those_of_the_released_code():
     """KV heads {2, 5} of 8 with groups of 4: the mask is repeated, so that query heads 2, 5, 10, 13, ... are taken."""
     model = tiny("llama", hidden_size=64, num_attention_heads=32, num_key_value_heads=8)

@@ -18,7 +18,7 @@ from flexi_plugins.evaluators import harness
 from flexi_plugins.hookspecs import Budget
 from flexi_plugins.models import known_config
 from flexi_plugins.plugins import Plugins, incompatible, own_knob
-from flexi_plugins.pruner import count_only
+from flexi_plugins.pruner import count_only, refusal
 from flexi_plugins.studyfile import StudyFile, read_study
 
 FOLDER = Path(__file__).parents[1] / "baselines"
@@ -89,6 +89,17 @@ def test_a_recipe_is_a_study_that_can_run(path: Path, plugins: Plugins) -> None:
 def test_a_recipe_says_where_its_settings_are_from(path: Path) -> None:
     first, *_ = path.read_text(encoding="utf-8").splitlines()
     assert first.startswith("# ")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recovery_of_a_recipe_has_something_to_train(path: Path, plugins: Plugins) -> None:
+    study = read_study(path, plugins)
+    for method in study.recovery:
+        recovery = plugins.get("recovery", method.name, method.options)
+        for _, replacement, ratios in study.combinations:
+            strategy = plugins.get("strategy", replacement.name, replacement.options)
+            plan = count_only(shape_of(study), strategy, 0.0 if own_knob(strategy) else ratios[0])
+            assert refusal(recovery, plan, strategy) is None
 
 
 REMOVED = {  # recipe -> how many blocks each of its strategies leaves out of those of its model

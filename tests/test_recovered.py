@@ -275,6 +275,25 @@ def test_of_instructions_only_the_response_has_a_loss() -> None:
     assert kept == "______yes|_______no|______mayb"[:30]
 
 
+def test_a_document_is_tokenised_as_a_whole_with_what_begins_a_text() -> None:
+    """As LLaMA's tokenizer does: a mark in front of the first word alone, so that no response begins with one."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    marks = ["<s>", "</s>", *"\u2581abcesyno:>"]
+    made = Tokenizer(models.BPE(vocab={mark: i for i, mark in enumerate(marks)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+    text, _ = training_text(Instructions(("a:b>yes", "c:>", "c:>no")), "calibration", None, tokenizer, 18, 1, None)
+    said = [
+        "".join(marks[i] if i >= 0 else "_" for i in row) for row in (text.ids[0].tolist(), text.labels[0].tolist())
+    ]
+    assert said[0] == "<s>\u2581a:b>yes</s><s>\u2581c:>no</s>"[: len(said[0])]
+    assert said[1].strip("_").replace("_", "") == "yes</s>no</s>"
+    assert said[1].startswith("______yes</s>_____no</s>")
+
+
 def test_plain_text_has_a_loss_everywhere_and_an_order_of_its_seed() -> None:
     from flexi_plugins.corpora.python_docs import PythonDocs
 
@@ -287,5 +306,5 @@ def test_plain_text_has_a_loss_everywhere_and_an_order_of_its_seed() -> None:
 def test_what_is_wrong_with_a_text_is_said() -> None:
     with pytest.raises(FlexiError, match="expected at least 9 windows of 10 tokens, found 32 tokens"):
         training_text(Instructions(), "calibration", None, tiny_tokenizer(), 10, 9, None)
-    with pytest.raises(FlexiError, match="a document has no response behind '>': 'ask'"):
+    with pytest.raises(FlexiError, match="no document has a response behind '>'"):
         training_text(Instructions(("ask",)), "calibration", None, tiny_tokenizer(), 2, 1, None)

@@ -2,13 +2,13 @@
 
 Plain text is one stream, as for calibration. Of a corpus that says where a document's response begins (an attribute
 ``response``, the text in front of it) documents are packed one behind the other, each ended by the end-of-text token, and
-prompts have no loss. A window's first token has nothing in front of it and no loss in any case.
+prompts have no loss; documents without a response are left out. A window's first token has nothing in front of it and no
+loss in any case.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ def training_text(
 ) -> tuple[TrainingText, str]:
     """Return ``count`` windows of ``length`` tokens of a split, in an order drawn with the seed, and their digest.
 
-    Without a seed they are the first ones. Raise a FlexiError where the text is too short, or where a document of an
-    instruction corpus has no response.
+    Without a seed they are the first ones. Raise a FlexiError where the text is too short, or where no document of an
+    instruction corpus has a response.
     """
     import torch
 
@@ -48,18 +48,26 @@ def training_text(
 
 
 def _packed(corpus: Corpus, split: str, data: Path | None, tokenizer: Any, marker: str) -> list[tuple[int, int]]:
-    """Return (token id, label) of all documents, one behind the other."""
-    return [pair for text in corpus.texts(split, data) for pair in _labelled(corpus.name, text, tokenizer, marker)]
+    """Return (token id, label) of all documents with a response, one behind the other; raise where none has one."""
+    labelled = (_labelled(text, tokenizer, marker) for text in corpus.texts(split, data))
+    pairs = [pair for document in labelled for pair in document]
+    if not pairs:
+        raise FlexiError(f"corpus {corpus.name!r}, {split} part: no document has a response behind {marker!r}")
+    return pairs
 
 
-def _labelled(name: str, text: str, tokenizer: Any, marker: str) -> Iterator[tuple[int, int]]:
-    """Yield (token id, label) of one document: labels of the prompt are ignored. The two are tokenised apart."""
+def _labelled(text: str, tokenizer: Any, marker: str) -> list[tuple[int, int]]:
+    """Return (token id, label) of one document, none where it has no response.
+
+    As LLM-Pruner does (generate_and_tokenize_prompt): the whole is tokenised at once, with the tokens that the tokenizer
+    puts in front of a text, and as many of its tokens are ignored as the prompt alone has.
+    """
     prompt, found, response = text.partition(marker)
-    if not found or not response:
-        raise FlexiError(f"corpus {name!r}: a document has no response behind {marker!r}: {text[:60]!r} ...")
-
-    def ids(part: str) -> list[int]:
-        return tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
-
-    yield from ((token, IGNORED) for token in ids(prompt + found))
-    yield from ((token, token) for token in (*ids(response), tokenizer.eos_token_id))
+    if not found or not response.strip():
+        return []
+    whole, asked = (tokenizer(part, verbose=False)["input_ids"] for part in (text, prompt + found))
+    end = tokenizer.eos_token_id
+    whole = whole if whole[-1] == end else [*whole, end]
+    if len(asked) > 1 and asked[-1] == end:
+        asked = asked[:-1]
+    return [(token, IGNORED if place < len(asked) else token) for place, token in enumerate(whole)]

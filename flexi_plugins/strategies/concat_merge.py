@@ -38,6 +38,9 @@ class ConcatMerge:
     tokens: Literal["last", "all"] = "all"  # which tokens the angle is taken over ("last" as released for CoMe)
     exponent: float = 1.0  # p of the shares (--psu)
     floor: float = 0.0  # the larger share is at least floor ^ (1 / (original blocks - 1)) (--min-max); 0: none
+    # How a pair becomes one block; the two that CoMe is compared with: all weights summed by the shares (as MKA does), or
+    # the block of the smaller share dropped.
+    merge: Literal["concat", "sum", "drop"] = "concat"
     repeat: bool = False  # may a merged block be merged again
     merges: int | None = None  # how many merges, in the place of a ratio
 
@@ -159,6 +162,25 @@ class ConcatMerge:
         return shares
 
     def _merge(self, request: PruningRequest, first: int, shares: tuple[float, float]) -> PruningPlan:
+        if self.merge == "concat":
+            merged, widths = self._concatenated(request, first, shares)
+        elif self.merge == "sum":
+            mix = tuple((first + offset, share) for offset, share in enumerate(shares))
+            merged, widths = BlockRecipe(mix=mix, norms=((first, 0.5), (first + 1, 0.5))), "weights summed"
+        else:
+            kept = first + (shares[1] > shares[0])
+            merged, widths = BlockRecipe(parts=(Part(kept),)), f"block {kept} stays"
+        blocks = list(PruningPlan.identity(request.shape).blocks)
+        blocks[first : first + 2] = [merged]
+        note = (
+            f"merge {_done(request.plan) + 1}: blocks {first} and {first + 1} share {shares[0]:.3f} : {shares[1]:.3f}"
+        )
+        return replace(PruningPlan(request.shape, tuple(blocks)), origin={"notes": [f"{note}, {widths}"]})
+
+    def _concatenated(
+        self, request: PruningRequest, first: int, shares: tuple[float, float]
+    ) -> tuple[BlockRecipe, str]:
+        """Return the block of each one's best units, and how many of whose they are."""
         shapes = request.shape.blocks[first : first + 2]
         heads = _split(max(b.kv_heads for b in shapes), shares, [b.kv_heads for b in shapes])
         channels = _split(max(b.channels for b in shapes), shares, [b.channels for b in shapes])
@@ -170,13 +192,7 @@ class ConcatMerge:
             parts.append(Part(index, kept_heads, kept_channels, self._query_heads(shapes[offset], kept_heads)))
         kept = tuple(p for p in parts if p.kv_heads or p.channels)
         merged = BlockRecipe(parts=kept, norms=((first, 0.5), (first + 1, 0.5)))
-        note = (
-            f"merge {_done(request.plan) + 1}: blocks {first} and {first + 1} share "
-            f"{shares[0]:.3f} : {shares[1]:.3f}, KV heads {heads[0]} + {heads[1]}, channels {channels[0]} + {channels[1]}"
-        )
-        blocks = list(PruningPlan.identity(request.shape).blocks)
-        blocks[first : first + 2] = [merged]
-        return replace(PruningPlan(request.shape, tuple(blocks)), origin={"notes": [note]})
+        return merged, f"KV heads {heads[0]} + {heads[1]}, channels {channels[0]} + {channels[1]}"
 
     def _query_heads(self, shape: BlockShape, kept: tuple[int, ...]) -> tuple[int, ...] | None:
         """Return the query heads that the released code takes with these KV heads: h with h mod KV heads among them."""
