@@ -19,9 +19,8 @@ from flexi_plugins.show import (
     show_list,
     show_outcomes,
     show_plan,
-    show_recovery,
     show_reports,
-    totals,
+    show_written,
 )
 
 if TYPE_CHECKING:
@@ -142,9 +141,9 @@ def plan(
     if output:
         _write_text(output, json.dumps(made.to_json(), indent=1) + "\n")
         if attached:
-            from flexi_plugins.rewrite import save_attached
+            from flexi_plugins.files import write_tensor_file
 
-            save_attached(attached, output.with_suffix(BESIDE))
+            write_tensor_file(output.with_suffix(BESIDE), attached)
     if as_json:
         print_json(plan_summary(made))
     else:
@@ -299,7 +298,7 @@ def recover(
             shutil.move(file, unfinished / file.name)
     unfinished.rename(output)
     shutil.rmtree(checkpoints, ignore_errors=True)
-    _show_written(pruner, trained, output, as_json)
+    show_written(trained.plan, pruner.checkpoint, output, as_json)
 
 
 @app.command("eval")
@@ -646,39 +645,19 @@ def _kept_plan(
         return Planned(PruningPlan.identity(pruner.checkpoint.shape)), None
     if isinstance(asked, Path):
         return _read_plan(asked, pruner), None
-    store = Store(folder / "plan")
     key = digest([pruner.checkpoint.fingerprint(), origin(*asked), pruner.texts[2], str(pruner.dtype), pruner.seed])
-    stored = store.read_plan(key)
-    made = Planned(*stored) if stored else _planned(pruner, asked)
-    if not stored:
-        store.write_plan(key, made.plan, made.attached)
-    return made, asked[:2]
+
+    def make() -> tuple[PruningPlan, Any]:
+        made = _planned(pruner, asked)
+        return made.plan, made.attached
+
+    return Planned(*Store(folder / "plan").plan(key, make)), asked[:2]
 
 
 def _write_model(pruner: Pruner, planned: Planned, output: Path, as_json: bool) -> None:
     """Write a plan's model, and say what it is."""
     pruner.write(planned, output)
-    _show_written(pruner, planned, output, as_json)
-
-
-def _show_written(pruner: Pruner, planned: Planned, output: Path, as_json: bool) -> None:
-    """Say what was written."""
-    from flexi_plugins.rewrite import plain_reason
-
-    made = planned.plan
-    reason = plain_reason(made, pruner.checkpoint)
-    recovery = made.origin.get("recovery")
-    if as_json:
-        summary = {**plan_summary(made), "folder": str(output), "plain": reason is None, "not_plain_because": reason}
-        print_json({**summary, **({"recovery": recovery} if recovery else {})})
-        return
-    typer.echo(totals(made))
-    if recovery:
-        show_recovery(recovery)
-    typer.echo(
-        f"written to {output}: "
-        + ("a plain transformers folder" if reason is None else f"FlexiForCausalLM, since {reason}")
-    )
+    show_written(planned.plan, pruner.checkpoint, output, as_json)
 
 
 def _read_plan(path: Path, pruner: Pruner) -> Planned:
@@ -700,7 +679,7 @@ def _read_plan(path: Path, pruner: Pruner) -> Planned:
 
 
 def _write_text(path: Path, text: str) -> None:
-    from flexi_plugins.store import replacing
+    from flexi_plugins.files import replacing
 
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

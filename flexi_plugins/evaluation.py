@@ -14,10 +14,11 @@ from flexi_plugins.data import PruningPlan
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.execution.likelihoods import AnswerJournal, likelihoods
 from flexi_plugins.execution.sweep import Planned, Sweeper
+from flexi_plugins.files import remove_leftovers
 from flexi_plugins.hookspecs import Candidate, EvaluationRequest, Outcome
 from flexi_plugins.plugins import told
 from flexi_plugins.pruner import Pruner
-from flexi_plugins.store import remove_leftovers, write_traceback
+from flexi_plugins.store import write_traceback
 from flexi_plugins.studyfile import Measure
 
 

@@ -130,7 +130,7 @@ class ReplacementStrategy(Protocol):
 
 
 class RecoveryMethod(Protocol):
-    """Trains a pruned model. ``recovery.training.TrainingOptions`` has all of this but ``name``, ``paper``, ``recover``."""
+    """Trains a pruned model. ``recovery.options.TrainingOptions`` has all of this but ``name``, ``paper``, ``recover``."""
 
     name: ClassVar[str]
     paper: ClassVar[str]
@@ -389,11 +389,14 @@ class GradientTrace:
     maps: Mapping[str, LinearTrace]
 
 
+IGNORED = -100  # the label of a token without a loss, as in torch's cross entropy
+
+
 @dataclass(frozen=True)
 class TrainingText:
     """Text to train or to measure on, packed into windows of equal length.
 
-    ids: (windows, tokens) token ids. labels: the same with -100 where no loss is taken (prompts of instruction data).
+    ids: (windows, tokens) token ids. labels: the same with ``IGNORED`` where no loss is taken (prompts of instruction data).
     """
 
     ids: Tensor

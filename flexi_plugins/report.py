@@ -9,9 +9,10 @@ from typing import Any
 
 from flexi_plugins.data import Record
 from flexi_plugins.errors import FlexiError
+from flexi_plugins.files import replacing
 from flexi_plugins.plugins import Plugins, told
 from flexi_plugins.reports.published import COLUMNS, read_published, render, side_by_side
-from flexi_plugins.store import Store, replacing, rows
+from flexi_plugins.store import Store, rows
 
 
 def write_reports(plugins: Plugins, records: Sequence[Record], folder: Path, title: str) -> list[Path]:

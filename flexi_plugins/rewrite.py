@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedConfig
 from flexi_plugins.checkpoint import Checkpoint, LazyTensors, new_folder, read_ahead, write_tensors
 from flexi_plugins.data import BlockRecipe, Family, Part, PruningPlan, Weighted
 from flexi_plugins.errors import FlexiError
+from flexi_plugins.files import write_tensor_file
 from flexi_plugins.modeling import FlexiConfig, FlexiForCausalLM, resized_config
 
 Tensors = Mapping[str, Tensor]
@@ -344,7 +345,7 @@ def write_checkpoint(
         _write_config(temporary, config)
         (temporary / PLAN_FILE).write_text(json.dumps(plan.to_json(), indent=1) + "\n")
         if attached:
-            save_attached(attached, temporary / PLAN_TENSORS)
+            write_tensor_file(temporary / PLAN_TENSORS, attached)
         _copy_beside(checkpoint, temporary)
 
 
@@ -369,13 +370,6 @@ def _copy_beside(checkpoint: Checkpoint, folder: Path) -> None:
         other = file.name in ("config.json", PLAN_FILE) or file.name.endswith(".index.json")
         if file.is_file() and not other and file.suffix in (".json", ".jinja", ".model", ".txt"):
             (folder / file.name).write_bytes(file.read_bytes())
-
-
-def save_attached(attached: Tensors, path: Path) -> None:
-    """Write the new tensors of a plan to a file."""
-    from safetensors.torch import save_file
-
-    save_file({n: t.contiguous() for n, t in attached.items()}, path)
 
 
 def read_attached(plan: PruningPlan, path: Path) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
+    from flexi_plugins.checkpoint import Checkpoint
     from flexi_plugins.data import PruningPlan
     from flexi_plugins.plugins import Plugins
 
@@ -119,6 +120,25 @@ def show_recovery(recovery: Mapping[str, Any]) -> None:
     typer.echo(said)
     for note in recovery["notes"]:
         typer.echo(f"note: {note}")
+
+
+def show_written(made: PruningPlan, checkpoint: Checkpoint, output: Path, as_json: bool) -> None:
+    """Say what model was written where, and whether transformers loads it by itself."""
+    from flexi_plugins.rewrite import plain_reason
+
+    reason = plain_reason(made, checkpoint)
+    recovery = made.origin.get("recovery")
+    if as_json:
+        summary = {**plan_summary(made), "folder": str(output), "plain": reason is None, "not_plain_because": reason}
+        print_json({**summary, **({"recovery": recovery} if recovery else {})})
+        return
+    typer.echo(totals(made))
+    if recovery:
+        show_recovery(recovery)
+    typer.echo(
+        f"written to {output}: "
+        + ("a plain transformers folder" if reason is None else f"FlexiForCausalLM, since {reason}")
+    )
 
 
 def print_json(value: Any) -> None:

@@ -15,20 +15,20 @@ import re
 import shutil
 import subprocess
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexi_plugins.data import Cell, PruningPlan, Record
 from flexi_plugins.digests import tensor_digest
 from flexi_plugins.errors import FlexiError
+from flexi_plugins.files import remove_leftovers, replacing, write_tensor_file
 
 if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
-TEMPORARY = re.compile(r"\.(\d+)\.tmp$")  # of a file that the process of this number was writing
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what reading a foreign file raises
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "lm_eval", "safetensors", "datasets", "numpy")
 DISTRIBUTIONS = ("flexi-plugins", *LIBRARIES)
@@ -37,39 +37,6 @@ SIZES = ("stored_parameters", "runtime_parameters", "macs_per_token")
 
 
 # ---------------------------------------------------------------------------------------------- files
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path whose file takes the place of ``path`` if all goes well, and goes away if not."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise FlexiError(
-            f"{path}: cannot be written ({error.strerror or error}); free space on that disk or make the folder "
-            "writable, then give the same command again: what is finished is kept"
-        ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files and folders that killed processes left in a folder; those of running ones stay."""
-    import psutil
-
-    for path in folder.rglob("*.tmp"):
-        match = TEMPORARY.search(path.name)
-        if match and (int(match[1]) == os.getpid() or not psutil.pid_exists(int(match[1]))):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
 
 
 def to_text(value: Any, indent: int | None = None) -> str:
@@ -201,8 +168,19 @@ class Store:
         if wrong:
             raise FlexiError(f"plan {key[:12]}: its digests do not fit the attached tensors {', '.join(wrong)}")
         if tensors:
-            _write_tensors(self._plan_path(key, ".safetensors"), tensors)
+            write_tensor_file(self._plan_path(key, ".safetensors"), tensors)
         _write_json(self._plan_path(key, ".json"), {"key": key, "timing": dict(timing or {}), **plan.to_json()})
+
+    def plan(
+        self, key: str, make: Callable[[], tuple[PruningPlan, Mapping[str, Tensor]]]
+    ) -> tuple[PruningPlan, Mapping[str, Tensor]]:
+        """Return the plan of a key and its attached tensors; where none is written it is made, and written."""
+        stored = self.read_plan(key)
+        if stored is not None:
+            return stored
+        plan, tensors = make()
+        self.write_plan(key, plan, tensors)
+        return plan, tensors
 
     def keep(self, key: str, folder: Path) -> None:
         """Move the files directly in a folder beside the plan of a key, under its name."""
@@ -271,17 +249,6 @@ def _differing(plan: PruningPlan, tensors: Mapping[str, Tensor]) -> list[str]:
     found = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
     wanted = dict(plan.tensors)
     return sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    with replacing(path) as temporary:
-        try:
-            save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary)
-        except SafetensorError as error:  # its only way to say that the disk is full
-            raise OSError(str(error)) from None
 
 
 # -------------------------------------------------------------------------------------------- journal

@@ -14,7 +14,10 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Lowest first. A module may import its own layer and those below it.
 LAYERS: list[tuple[str, set[str]]] = [
-    ("values and the contract", {"data", "hookspecs", "errors", "numerics", "digests", "progress", "_auto", ""}),
+    (
+        "values and the contract",
+        {"data", "hookspecs", "errors", "numerics", "digests", "progress", "files", "_auto", ""},
+    ),
     ("weights and models", {"budget", "checkpoint", "machine", "modeling", "rewrite"}),
     ("engine", {"execution", "calibration"}),
     ("built-in plugins", {"families", "metrics", "strategies", "recovery", "corpora", "evaluators", "reports"}),
@@ -24,7 +27,7 @@ LAYERS: list[tuple[str, set[str]]] = [
     ("command line", {"show", "cli"}),
 ]
 UPWARD = {("_auto", "modeling")}  # transformers' Auto classes load our model class when they are loaded themselves
-PUBLIC = {"", "data", "hookspecs", "budget", "errors", "numerics", "testing"}  # what a third party may import
+PUBLIC = {"", "data", "hookspecs", "budget", "errors", "files", "numerics", "testing"}  # what a third party may import
 METHODS = {"metrics", "strategies", "recovery"}
 HEAVY = {"torch", "transformers", "lm_eval", "datasets", "pandas", "pyarrow", "safetensors", "accelerate", "matplotlib"}
 LIGHT = {
@@ -35,6 +38,7 @@ LIGHT = {
     "data",
     "hookspecs",
     "errors",
+    "files",
     "digests",
     "plugins",
     "studyfile",

@@ -23,7 +23,7 @@ from flexi_plugins.recovery import distill
 from flexi_plugins.recovery.blockwise import summed
 from flexi_plugins.recovery.correspondence import Run, correspondences
 from flexi_plugins.recovery.distill import Distill, token_losses
-from flexi_plugins.recovery.training import Trained
+from flexi_plugins.recovery.monitor import Trained
 
 WINDOWS, LENGTH = 8, 12
 STEPS = 4

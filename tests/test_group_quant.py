@@ -19,10 +19,10 @@ from transformers import MODEL_MAPPING
 from flexi_plugins.data import PruningPlan
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.hookspecs import RecoveryRequest, TrainingText
+from flexi_plugins.recovery.copies import replaced
 from flexi_plugins.recovery.group_quant import PACKED_FILE, GroupQuant, LoraQuantise, dequantised
 from flexi_plugins.recovery.lora import Lora, linear_maps
 from flexi_plugins.recovery.quantised import group_sums, load_packed, pack, quantise, save_packed, unpack
-from flexi_plugins.recovery.training import replaced
 
 BITS = (2, 3, 4, 8)
 
@@ -334,7 +334,11 @@ def test_a_bfloat16_model_is_trained_and_stays_one(tmp_path):
     found = GroupQuant(group_size=8, rank=4).recover(asked(model, tmp_path, dtype="bfloat16"))
     packed = load_packed(tmp_path / PACKED_FILE)
     assert {p.dtype for p in found.model.parameters()} == {torch.bfloat16}
-    assert all(torch.equal(found.model.get_parameter(f"{n}.weight"), p.weight()) for n, p in packed.items())
+    for name, weight in packed.items():  # rounded at random to one of the two nearest values
+        values, exact = (
+            w.float() for w in (found.model.get_parameter(f"{name}.weight"), replace(weight, dtype="float32").weight())
+        )
+        assert bool(((values - exact).abs() <= exact.abs() * 2**-7 + 1e-7).all())
     assert bool(logits(found.model, tokens()).isfinite().all())
 
 

@@ -14,13 +14,13 @@ from torch import nn
 
 from flexi_plugins import hookimpl
 from flexi_plugins.corpora.python_docs import PythonDocs
-from flexi_plugins.corpora.training import IGNORED, training_text
+from flexi_plugins.corpora.training import training_text
 from flexi_plugins.corpora.windows import token_windows
 from flexi_plugins.data import BlockRecipe, Part, PruningPlan
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.execution.schedule import count_blocks
 from flexi_plugins.execution.sweep import Planned
-from flexi_plugins.hookspecs import Recovered, RecoveryMethod, RecoveryRequest
+from flexi_plugins.hookspecs import IGNORED, Recovered, RecoveryMethod, RecoveryRequest
 from flexi_plugins.plugins import Plugins
 from flexi_plugins.pruner import Training
 from flexi_plugins.recovered import planned_of

@@ -22,9 +22,9 @@ from flexi_plugins.data import BlockRecipe, Family, Part, PruningPlan
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.hookspecs import Recovered, RecoveryMethod
 from flexi_plugins.recovery.adapters import Adapters
+from flexi_plugins.recovery.copies import replaced, stochastically_rounded, trainable, working_copy
 from flexi_plugins.recovery.full import Full
 from flexi_plugins.recovery.lora import Lora, add_lora, linear_maps, merged, output_gains, own_adapters
-from flexi_plugins.recovery.training import replaced, trainable, working_copy
 
 IDS = tokens(3, 10)
 QUICK: dict[str, Any] = {"batch_tokens": STEP, "learning_rate": 5e-3, "schedule": "constant", "warm_up": 0.0}
@@ -156,6 +156,38 @@ def test_a_merge_is_formed_in_float32_and_rounded_once() -> None:
     assert torch.allclose(new - old.float(), torch.full_like(new, 0.0005), atol=1e-6)
     stored = replaced(model, {f"{name}.weight": new}).get_parameter(f"{name}.weight")
     assert torch.equal(stored, (old.float() + 0.0005).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(("dtype", "step"), [(torch.bfloat16, 2.0**-7), (torch.float16, 2.0**-10)])
+def test_updates_smaller_than_a_step_arrive_on_the_average(dtype: torch.dtype, step: float) -> None:
+    """Of a tenth of a step every tenth value takes a whole one; rounding to nearest would leave nothing of it."""
+    old = torch.tensor([1.0, -1.0]).repeat_interleave(20_000)
+    found = stochastically_rounded(old * (1 + step / 10), dtype, 0)
+    assert found.dtype == dtype
+    moved = (found.float() - old).abs()
+    assert set(moved.tolist()) == {0.0, step}
+    assert float(moved.mean()) == pytest.approx(step / 10, rel=0.05)
+    assert torch.equal(found, stochastically_rounded(old * (1 + step / 10), dtype, 0))
+    assert not torch.equal(found, stochastically_rounded(old * (1 + step / 10), dtype, 1))
+    held = torch.randn(1000).to(dtype)
+    assert torch.equal(stochastically_rounded(held.float(), dtype, 0), held)
+    assert torch.equal(stochastically_rounded(old, torch.float32, 0), old)
+
+
+def test_a_small_update_of_a_bfloat16_model_is_not_lost(tmp_path: Path) -> None:
+    """Trained at a rate at which no weight moves by half of bfloat16's step, it gains nearly what float32 weights do."""
+    gains = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny().to(torch.bfloat16).to(dtype)
+        quick = {**QUICK, "learning_rate": 2e-5}
+        request = ask(tmp_path / str(dtype), model)
+        found = Full(**quick, keep="last").recover(request).model
+        with torch.no_grad():
+            ids = request.text.ids
+            gains[dtype] = sum(
+                s * float(m.float()(input_ids=ids, labels=ids).loss) for s, m in ((1, model), (-1, found))
+            )
+    assert gains[torch.bfloat16] == pytest.approx(gains[torch.float32], rel=0.4)
 
 
 # ---------------------------------------------------------------------------------------- adapters, full

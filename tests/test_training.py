@@ -17,18 +17,10 @@ from torch import Tensor, nn
 from flexi_plugins.data import PruningPlan
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.hookspecs import RecoveryRequest, TrainingText
-from flexi_plugins.recovery.training import (
-    Loss,
-    Steps,
-    Trained,
-    TrainingOptions,
-    next_token_loss,
-    rate,
-    replaced,
-    train,
-    trainable,
-    working_copy,
-)
+from flexi_plugins.recovery.copies import replaced, trainable, working_copy
+from flexi_plugins.recovery.monitor import Loss, Trained
+from flexi_plugins.recovery.options import Steps, TrainingOptions, rate
+from flexi_plugins.recovery.training import next_token_loss, train
 
 LENGTH = 12
 STEP = 2 * LENGTH  # tokens
@@ -404,7 +396,7 @@ def test_the_best_state_on_held_out_text_is_kept_or_the_last(tmp_path: Path, kee
 def test_the_start_is_kept_where_training_only_made_it_worse(tmp_path: Path) -> None:
     request = ask(tmp_path)
     found, trained = learn(request, replace(FAST, keep="best"), measure=scripted(2.0, 2.1, 2.2, 2.3, 2.4))
-    model = trained.recovered(request.model, found).model
+    model = trained.recovered(request, found).model
     assert [p.data_ptr() for p in model.parameters()] == [p.data_ptr() for p in request.model.parameters()]
     assert "no state had a lower held-out loss than the start, 2.0000" in trained.notes[0]
 
@@ -462,7 +454,7 @@ def test_a_float32_model_can_be_trained_in_bfloat16(tmp_path: Path) -> None:
     frozen = [name for name, _ in request.model.named_parameters() if "mlp" not in name]
     found, trained = learn(request, names=[n for n, _ in request.model.named_parameters() if n not in frozen])
     assert {tensor.dtype for tensor in found.values()} == {torch.float32}
-    recovered = trained.recovered(request.model, found).model
+    recovered = trained.recovered(request, found).model
     assert {parameter.dtype for parameter in recovered.parameters()} == {torch.float32}
     assert trained.curve[-1]["held_out_loss"] < trained.curve[0]["held_out_loss"]
 

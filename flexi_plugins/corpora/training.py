@@ -15,9 +15,7 @@ from typing import Any
 from flexi_plugins.corpora.windows import token_windows
 from flexi_plugins.data import digest
 from flexi_plugins.errors import FlexiError
-from flexi_plugins.hookspecs import Corpus, TrainingText
-
-IGNORED = -100  # the label of a token without a loss, as in torch's cross entropy
+from flexi_plugins.hookspecs import IGNORED, Corpus, TrainingText
 
 
 def training_text(

@@ -16,8 +16,10 @@ from typing import ClassVar, Literal
 
 from flexi_plugins.data import PruningPlan
 from flexi_plugins.hookspecs import Recovered, RecoveryMethod, RecoveryRequest, hookimpl
+from flexi_plugins.recovery.copies import trainable, working_copy
 from flexi_plugins.recovery.lora import add_lora, linear_maps, merged, only, output_gains, own_adapters
-from flexi_plugins.recovery.training import TrainingOptions, seeded, train, trainable, working_copy
+from flexi_plugins.recovery.options import TrainingOptions
+from flexi_plugins.recovery.training import seeded, train
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Adapters(TrainingOptions):
         with seeded(request.seed, request.device):
             layers = add_lora(model, names, rank, alpha=rank, dropout=0.0)
         trained = train(request, model, self, self.name)
-        return trained.recovered(request.model, merged(request.model, layers) | only(trainable(model), own))
+        return trained.recovered(request, merged(request.model, layers) | only(trainable(model), own))
 
     def _rank(self, plan: PruningPlan) -> int:
         return self.rank or max(recipe.rank for recipe in plan.blocks)

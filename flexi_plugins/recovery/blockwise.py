@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 from flexi_plugins.data import PruningPlan
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.hookspecs import RecoveryRequest
-from flexi_plugins.recovery.training import Loss, Trained, TrainingOptions, train, trainable, working_copy
+from flexi_plugins.recovery.copies import trainable, working_copy
+from flexi_plugins.recovery.monitor import Loss, Trained
+from flexi_plugins.recovery.options import TrainingOptions
+from flexi_plugins.recovery.training import train
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -23,18 +23,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from flexi_plugins.data import PruningPlan
 from flexi_plugins.errors import FlexiError
-from flexi_plugins.hookspecs import Recovered, RecoveryMethod, RecoveryRequest, hookimpl
+from flexi_plugins.hookspecs import IGNORED, Recovered, RecoveryMethod, RecoveryRequest, hookimpl
 from flexi_plugins.recovery.blockwise import Frame, blocks_of, groups, summed, train_apart
+from flexi_plugins.recovery.copies import replaced, trainable, working_copy
 from flexi_plugins.recovery.correspondence import Run, correspondences
-from flexi_plugins.recovery.training import (
-    IGNORED,
-    Loss,
-    TrainingOptions,
-    replaced,
-    train,
-    trainable,
-    working_copy,
-)
+from flexi_plugins.recovery.monitor import Loss
+from flexi_plugins.recovery.options import TrainingOptions
+from flexi_plugins.recovery.training import train
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -144,7 +139,7 @@ class Distill(TrainingOptions):
             who = f"{self.name}-{positions[0]}" + (f"-to-{positions[-1]}" if len(positions) > 1 else "")
             trained, tensors = train_apart(request, positions, self, who, loss, measure)
             trainings.append(trained)
-            model = replaced(model, tensors)
+            model = replaced(model, tensors, request.seed)
             del tensors
             gc.collect()  # Trainer refers to itself, and so holds the moments
         return Recovered(model, *summed(trainings), tuple(note for t in trainings for note in t.notes))
@@ -171,7 +166,7 @@ class Distill(TrainingOptions):
         names = [name for name, _ in request.model.named_parameters() if name.startswith(own)]
         model = working_copy(request.model, names, request.dtype)
         trained = train(request, model, self, self.name, self._running(request, runs, model))
-        return trained.recovered(request.model, trainable(model))
+        return trained.recovered(request, trainable(model))
 
     def _running(self, request: RecoveryRequest, runs: Sequence[Run], model: Any) -> Loss:
         """Return the loss of a model of which all blocks run."""

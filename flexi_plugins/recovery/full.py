@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from flexi_plugins.hookspecs import Recovered, RecoveryMethod, RecoveryRequest, hookimpl
-from flexi_plugins.recovery.training import TrainingOptions, train, trainable, working_copy
+from flexi_plugins.recovery.copies import trainable, working_copy
+from flexi_plugins.recovery.options import TrainingOptions
+from flexi_plugins.recovery.training import train
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Full(TrainingOptions):
         names = [name for name, _ in request.model.named_parameters()]
         model = working_copy(request.model, names, request.dtype)
         trained = train(request, model, self, self.name)
-        return trained.recovered(request.model, trainable(model))
+        return trained.recovered(request, trainable(model))
 
 
 @hookimpl

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from flexi_plugins.data import Family
 from flexi_plugins.errors import FlexiError, unknown
 from flexi_plugins.hookspecs import Recovered, RecoveryMethod, RecoveryRequest, hookimpl
-from flexi_plugins.recovery.training import Schedule, TrainingOptions, seeded, train, trainable, working_copy
+from flexi_plugins.recovery.copies import trainable, working_copy
+from flexi_plugins.recovery.options import Schedule, TrainingOptions
+from flexi_plugins.recovery.training import seeded, train
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -67,7 +69,7 @@ class Lora(TrainingOptions):
         with seeded(request.seed, request.device):
             layers = add_lora(model, names, self.rank, self.alpha, self.dropout)
         trained = train(request, model, self, self.name)
-        return trained.recovered(request.model, merged(request.model, layers) | only(trainable(model), own))
+        return trained.recovered(request, merged(request.model, layers) | only(trainable(model), own))
 
 
 def linear_maps(model: nn.Module, roles: Collection[str] = tuple(Family.ROLES)) -> list[str]:

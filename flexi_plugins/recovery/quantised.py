@@ -9,13 +9,14 @@ an adapter turns into a real one. Ours: a width that the group size does not div
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexi_plugins.errors import FlexiError
+from flexi_plugins.files import write_tensor_file
+from flexi_plugins.recovery.copies import stochastically_rounded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,20 +51,24 @@ class Packed:
         """Bytes of the integers, scales and zero factors, as they are stored."""
         return sum(t.numel() * t.element_size() for t in (self.integers, self.scales, self.zeros))
 
-    def weight(self) -> Tensor:
-        """Return the de-quantised weight, (rows, columns) in its dtype: alpha q + beta in float32, rounded once."""
+    def weight(self, seed: int | None = None) -> Tensor:
+        """Return the de-quantised weight, (rows, columns) in its dtype: alpha q + beta in float32, rounded once.
+
+        To the nearest, or with a seed at random (see ``stochastically_rounded``).
+        """
         import torch
 
         from flexi_plugins.numerics import pieces
 
         integers = unpack(self.integers, self.bits, self.rows * self.columns).view(self.rows, self.columns)
         weight = torch.empty(integers.shape, dtype=getattr(torch, self.dtype), device=integers.device)
-        for part in pieces(self.rows, self.columns):
+        for number, part in enumerate(pieces(self.rows, self.columns)):
             scale, zero = (
                 factors[part].float().repeat_interleave(self.group_size, 1)[:, : self.columns]
                 for factors in (self.scales, self.zeros)
             )
-            weight[part] = scale * integers[part] + zero
+            values = scale * integers[part] + zero
+            weight[part] = values if seed is None else stochastically_rounded(values, weight.dtype, seed + number)
         return weight
 
     def shifted(self, shift: Tensor) -> Packed:
@@ -157,17 +162,10 @@ def unpack(stream: Tensor, bits: int, count: int) -> Tensor:
 
 def save_packed(weights: Mapping[str, Packed], path: Path) -> None:
     """Write quantised weights by name as one safetensors file: NAME.integers, NAME.scales, NAME.zeros."""
-    from safetensors.torch import save_file
-
-    tensors = {
-        f"{name}.{t}": getattr(packed, t).cpu().contiguous() for name, packed in weights.items() for t in TENSORS
-    }
+    tensors = {f"{name}.{t}": getattr(packed, t) for name, packed in weights.items() for t in TENSORS}
     fields = ("columns", "bits", "group_size", "dtype")
     described = {name: {field: getattr(packed, field) for field in fields} for name, packed in weights.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    save_file(tensors, unfinished, {METADATA: json.dumps(described)})
-    os.replace(unfinished, path)
+    write_tensor_file(path, tensors, {METADATA: json.dumps(described)})
 
 
 def load_packed(path: Path) -> dict[str, Packed]:

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flexi_plugins.store import commit, replacing
+from flexi_plugins.files import replacing
+from flexi_plugins.store import commit
 from flexi_plugins.store import environment as software
 
 RESULTS = Path(__file__).parents[2] / "results" / "bench"

@@ -36,9 +36,9 @@ from flexi_plugins.evaluators.tasks import LmEval
 from flexi_plugins.execution.packing import Request, pack
 from flexi_plugins.execution.schedule import count_blocks
 from flexi_plugins.execution.sweep import Planned
+from flexi_plugins.files import replacing
 from flexi_plugins.progress import Progress
 from flexi_plugins.pruner import Pruner
-from flexi_plugins.store import replacing
 
 RATIOS = {12: (0.2,), 36: (0.1, 0.2, 0.3)}
 TARGETS = {12: 3.0, 36: 5.0}

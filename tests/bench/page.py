@@ -10,7 +10,7 @@ import distill_7b
 import seven_b
 from common import RESULTS, table
 
-from flexi_plugins.store import replacing
+from flexi_plugins.files import replacing
 
 Figures = Mapping[str, Any]
 

@@ -29,9 +29,9 @@ from flexi_plugins.data import digest
 from flexi_plugins.evaluators.tasks import LmEval
 from flexi_plugins.execution.packing import Request
 from flexi_plugins.execution.sweep import Planned
+from flexi_plugins.files import replacing
 from flexi_plugins.progress import Progress
 from flexi_plugins.pruner import Calibration, Pruner
-from flexi_plugins.store import replacing
 
 CELLS = grid((0.2,), ("flexigpt",))
 CALIBRATION, OPTIONS = (

@@ -1,0 +1,64 @@
+"""Files that are whole or not there: each is written under a temporary name in its own folder, synced and renamed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flexi_plugins.errors import FlexiError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TEMPORARY = re.compile(r"\.(\d+)\.tmp$")  # of a file that the process of this number was writing
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path whose file takes the place of ``path`` if all goes well, and goes away if not."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise FlexiError(
+            f"{path}: cannot be written ({error.strerror or error}); free space on that disk or make the folder "
+            "writable, then give the same command again: what is finished is kept"
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files and folders that killed processes left in a folder; those of running ones stay."""
+    import psutil
+
+    for path in folder.rglob("*.tmp"):
+        match = TEMPORARY.search(path.name)
+        if match and (int(match[1]) == os.getpid() or not psutil.pid_exists(int(match[1]))):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors by name, with a text or more beside them, as a safetensors file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        try:
+            found = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(found, temporary, dict(metadata) if metadata else None)
+        except SafetensorError as error:  # its only way to say that the disk is full
+            raise OSError(str(error)) from None

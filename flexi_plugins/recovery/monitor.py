@@ -1,0 +1,122 @@
+"""What one training counts, says and stops for, and which state is kept."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from flexi_plugins.errors import FlexiError
+from flexi_plugins.hookspecs import Recovered, RecoveryRequest
+from flexi_plugins.recovery.copies import replaced, trainable
+from flexi_plugins.recovery.options import Steps, TrainingOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+NOISE = 1e-4  # nats: a loss that is lower than that cannot diverge from itself
+
+Loss = Callable[["nn.Module", Mapping[str, "Tensor"]], "Tensor"]
+"""(model, batch) -> mean over the batch's targets, (); the batch has input_ids and labels, both (rows, tokens).
+
+Only the model's ``forward`` runs in the compute dtype; what the loss makes of its outputs is computed as written.
+"""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training says of itself (see ``Recovered``); the parameters were trained in place."""
+
+    curve: tuple[Mapping[str, float], ...]
+    facts: Mapping[str, float]
+    notes: tuple[str, ...]
+
+    def recovered(self, request: RecoveryRequest, tensors: Mapping[str, Tensor]) -> Recovered:
+        """Return what a method gives back: the request's model with these parameters in the place of its own.
+
+        Trained in float32, they are rounded at random where the model is stored in less.
+        """
+        return Recovered(replaced(request.model, tensors, request.seed), self.curve, self.facts, self.notes)
+
+
+class Monitor:
+    """What one training counts, says and stops for."""
+
+    def __init__(
+        self, request: RecoveryRequest, options: TrainingOptions, who: str, steps: Steps, loss: Loss, measure: Loss
+    ) -> None:
+        self.request, self.options, self.who, self.steps = request, options, who, steps
+        self.loss, self.measure = loss, measure
+        self.advance: Callable[..., None] = lambda tokens, note="": None
+        self.sums: Any = 0.0  # (2,): summed loss, and targets, since the last point of the curve
+        self.begun = (0.0, 0)  # clock, tokens
+        self.stopped: tuple[int, str] | None = None  # step, reason
+
+    def point(self, step: int, sums: Sequence[float], held_out: float) -> dict[str, float]:
+        """Return a point of the curve, and say it."""
+        tokens, total = self.steps.tokens(step), self.steps.tokens(self.steps.total)
+        point: dict[str, float] = {"tokens": tokens}
+        if sums[1]:
+            point["loss"] = sums[0] / sums[1]
+        point["held_out_loss"] = held_out
+        clock, before = self.begun
+        left = (time.monotonic() - clock) * (total - tokens) / (tokens - before) if tokens > before else None
+        said = [f"{key.replace('_', ' ')} {value:.4f}" for key, value in point.items() if key != "tokens"]
+        said += [] if left is None else [f"about {left:.0f} s left"]
+        self.request.say(f"{self.who}: {tokens:,} of {total:,} tokens, {', '.join(said)}")
+        return point
+
+    def judge(self, control: Any, step: int, before: Sequence[Mapping[str, float]], held_out: float) -> None:
+        """Stop a training whose held-out loss is not finite or far above its lowest value before."""
+        lowest = min((point["held_out_loss"] for point in before), default=math.inf)
+        if not before and not math.isfinite(held_out):
+            raise FlexiError(
+                f"{self.who}: the held-out loss is {held_out} before any training: the pruned model is broken; check its "
+                "tensors, or compute in float32"
+            )
+        if before and not held_out <= self.options.divergence * max(lowest, NOISE):
+            self.stop(control, step, f"the held-out loss went from {lowest:.4g} to {held_out:.4g}")
+
+    def stop(self, control: Any, step: int, reason: str) -> None:
+        """End the training behind this step, whose state is not to be kept."""
+        self.stopped = step, reason
+        control.should_training_stop = True
+        control.should_evaluate = control.should_save = False
+
+    def kept(self, history: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+        """Return the point whose state is kept: the best, or the last, of those before the training went wrong."""
+        end = math.inf if self.stopped is None else self.stopped[0]
+        good = [point for point in points(history) if point["step"] < end]
+        return min(good, key=lambda point: point["held_out_loss"]) if self.options.keep == "best" else good[-1]
+
+    def trained(self, state: Any, kept: Mapping[str, float], model: nn.Module) -> Trained:
+        """Return what there is to say at the end."""
+        notes: list[str] = []
+        tokens = self.steps.tokens(state.global_step)
+        if self.stopped:
+            notes.append(
+                f"{self.who}: training was stopped after {tokens:,} of {self.steps.tokens(self.steps.total):,} tokens, where "
+                f"{self.stopped[1]}; the state after {kept['tokens']:,} tokens is restored. Lower the learning rate"
+            )
+        elif not kept["step"]:
+            notes.append(
+                f"{self.who}: no state had a lower held-out loss than the start, {kept['held_out_loss']:.4f}, which is "
+                "kept. Train on more tokens, or lower the learning rate"
+            )
+        for note in notes:
+            self.request.say(note)
+        keys = ("tokens", "loss", "held_out_loss")
+        curve = tuple({k: point[k] for k in keys if k in point} for point in points(state.log_history))
+        facts = {
+            "trained_parameters": sum(p.numel() for p in trainable(model).values()),
+            "trained_tokens": tokens,
+            "kept_tokens": kept["tokens"],
+        }
+        return Trained(curve, facts, tuple(notes))
+
+
+def points(history: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
+    """Return the finite points of the curve in what Trainer has logged, which its checkpoints hold."""
+    return [h for h in history if math.isfinite(h.get("held_out_loss", math.nan)) and math.isfinite(h.get("loss", 0.0))]
