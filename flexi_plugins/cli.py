@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flexi_plugins.errors import FlexiError
+from flexi_plugins.files import write_text
 from flexi_plugins.show import (
     plan_summary,
     print_json,
@@ -139,7 +140,7 @@ def plan(
         planned = pruner.steps(*method, pruner.progress.say)
         made, attached = planned.plan, dict(planned.attached)
     if output:
-        _write_text(output, json.dumps(made.to_json(), indent=1) + "\n")
+        write_text(output, json.dumps(made.to_json(), indent=1) + "\n")
         if attached:
             from flexi_plugins.files import write_tensor_file
 
@@ -221,9 +222,9 @@ def extend(
     from flexi_plugins.plugins import Plugins
 
     _check_new(output)
-    given = {"blocks": blocks, "start": start, "end": end, "repetitions": repetitions, "rank": rank}
-    options = {**{k: v for k, v in given.items() if v is not None}, "order": order, "output_gain": output_gain}
-    options["tolerance"] = tolerance
+    given: dict[str, Any] = {"blocks": blocks, "start": start, "end": end, "repetitions": repetitions, "rank": rank}
+    given |= {"order": order, "output_gain": output_gain, "tolerance": tolerance}
+    options = {name: value for name, value in given.items() if value is not None}
     plugins = Plugins.load()
     asked = plugins.get("metric", "none"), plugins.get("strategy", "extend", options), 0.0
     pruner = _pruner(model, corpus, seed, data, dtype, device, memory)
@@ -271,6 +272,7 @@ def recover(
     import shutil
 
     from flexi_plugins.corpora.files import find_corpus
+    from flexi_plugins.machine import first_process, take_own_gpu
     from flexi_plugins.plugins import Plugins
     from flexi_plugins.pruner import Training
 
@@ -282,13 +284,12 @@ def recover(
     chosen.check()
     find_corpus(training_corpus, {n: e.object for n, e in plugins.entries("corpus").items()})
     setting = Training(training_corpus, length, tokens, held_out)
-    if "LOCAL_RANK" in os.environ:
-        _take_own_gpu(int(os.environ["LOCAL_RANK"]))
+    take_own_gpu()
     pruner = _pruner(model, corpus, seed, data, dtype, device, memory)
     checkpoints = output.with_name(f"{output.name}.training")
-    made, made_by = _kept_plan(pruner, asked, checkpoints)
-    trained = pruner.recover(made, chosen, setting, checkpoints, made_by)
-    if not _first():
+    made, by = _kept_plan(pruner, asked, checkpoints)
+    trained = pruner.recover(made, chosen, setting, checkpoints, by)
+    if not first_process():
         return
     unfinished = checkpoints / "model"
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -505,22 +506,10 @@ def _measures(chosen: Sequence[dict[str, Any]]) -> list[Measure]:
 
 
 def _progress() -> Progress:
+    from flexi_plugins.machine import first_process
     from flexi_plugins.progress import Progress
 
-    return Progress(quiet=not _first())
-
-
-def _first() -> bool:
-    """Whether this is the first, or only, process of a call of torchrun: the one that speaks and writes."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _take_own_gpu(number: int) -> None:
-    """Make the GPU of this number the one that ``cuda`` means, where there are GPUs."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.set_device(number)
+    return Progress(quiet=not first_process())
 
 
 def _machine(device: str, memory: str | None) -> Machine:
@@ -676,13 +665,6 @@ def _read_plan(path: Path, pruner: Pruner) -> Planned:
     if made.tensors and beside.is_file():
         return Planned(made, read_attached(made, beside))
     return pruner.attach(made)
-
-
-def _write_text(path: Path, text: str) -> None:
-    from flexi_plugins.files import replacing
-
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def main() -> None:

@@ -426,7 +426,7 @@ class RecoveryRequest:
     folder: Path
     teacher: Callable[[Tensor, Sequence[int]], Mapping[int, Tensor]]
     progress: Callable[..., Any]
-    say: Callable[[str], None] = print
+    say: Callable[[str], None] = lambda text: None
     device: str = "cpu"
     dtype: str = "float32"
 

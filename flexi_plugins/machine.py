@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -81,3 +82,16 @@ def parse_memory(text: str) -> int:
     if not found or not float(found[1]):
         raise FlexiError(f"memory {text!r}: expected a size such as 4GiB or 512MiB")
     return int(float(found[1]) * UNITS[found[2] or ""])
+
+
+def first_process() -> bool:
+    """Whether this is the first, or only, process of a call of torchrun: the one that speaks and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def take_own_gpu() -> None:
+    """Make ``cuda`` mean the GPU that torchrun gives this process, where there is a torchrun and there are GPUs."""
+    import torch
+
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -9,7 +9,7 @@ from typing import Any
 
 from flexi_plugins.data import Record
 from flexi_plugins.errors import FlexiError
-from flexi_plugins.files import replacing
+from flexi_plugins.files import write_text
 from flexi_plugins.plugins import Plugins, told
 from flexi_plugins.reports.published import COLUMNS, read_published, render, side_by_side
 from flexi_plugins.store import Store, rows
@@ -31,8 +31,7 @@ def write_reports(plugins: Plugins, records: Sequence[Record], folder: Path, tit
         if not text:
             path.unlink(missing_ok=True)
             continue
-        with replacing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(path, text)
         files.append(path)
     if problems:
         raise FlexiError("\n".join(problems))
@@ -73,8 +72,7 @@ def write_published(
     papers = {(kind, n): e.object.paper for kind in ("metric", "strategy") for n, e in plugins.entries(kind).items()}
     pairs = side_by_side(frame, published, papers, title)
     path = folder / "PUBLISHED.md"
-    with replacing(path) as temporary:
-        temporary.write_text(render(frame, published, pairs, title), encoding="utf-8")
+    write_text(path, render(frame, published, pairs, title))
     return path, pairs
 
 
@@ -95,5 +93,4 @@ def insert_leaderboard(board: Path, page: Path) -> None:
     before, rest = text.split(MARKS[0])
     after = rest.split(MARKS[1])[1]
     body = "\n\n".join(tables)
-    with replacing(page) as temporary:
-        temporary.write_text(f"{before}{MARKS[0]}\n{body}\n{MARKS[1]}{after}", encoding="utf-8")
+    write_text(page, f"{before}{MARKS[0]}\n{body}\n{MARKS[1]}{after}")

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from flexi_plugins.data import Cell, PruningPlan, Record
 from flexi_plugins.digests import tensor_digest
 from flexi_plugins.errors import FlexiError
-from flexi_plugins.files import remove_leftovers, replacing, write_tensor_file
+from flexi_plugins.files import remove_leftovers, replacing, write_tensor_file, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,15 +58,13 @@ def _spelt_out(value: Any) -> Any:
 
 
 def _write_json(path: Path, value: Any, indent: int | None = None) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(to_text(value, indent) + "\n", encoding="utf-8")
+    write_text(path, to_text(value, indent) + "\n")
 
 
 def write_traceback(folder: Path, name: str) -> Path:
     """Keep the traceback of the exception that is being handled, for whoever looks into it; return the file."""
     path = folder / "failures" / f"{_file_name(name)}.txt"
-    with replacing(path) as temporary:
-        temporary.write_text(traceback.format_exc(), encoding="utf-8")
+    write_text(path, traceback.format_exc())
     return path
 
 

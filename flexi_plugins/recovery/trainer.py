@@ -226,7 +226,7 @@ def last_checkpoint(folder: Path) -> str | None:
 
     Trainer writes the file with the step and the curve last.
     """
-    found = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*")}
+    found = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-[0-9]*")}
     for step in sorted(found, reverse=True):
         try:
             json.loads((found[step] / "trainer_state.json").read_text())
