@@ -11,6 +11,7 @@
 #   make bench-scaling         the cost of a sweep against the number of its plans and blocks
 #   make bench-speculation     self-speculative decoding against plain decoding of the same pruned model
 #   make bench-training        the lora recovery beside plain transformers and peft
+#   make bench-rounding        what of a training arrives in a model that is stored in bfloat16
 #   make bench-distill-7b      one merged block of a LLaMA-7B of random weights distilled, and its memory
 #   make bench-page            results/bench/README.md from what the benches measured
 #   make test-oldest           the engine's tests on the oldest releases that pyproject.toml allows
@@ -26,7 +27,7 @@ ENGINE_TESTS := tests/test_sweep.py tests/test_streaming.py tests/test_packing.p
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint publish readme install clean verify-engine bench-grid bench-scoring bench-7b bench-scaling bench-speculation bench-training bench-distill-7b bench-page test-oldest
+.PHONY: demo test lint publish readme install clean verify-engine bench-grid bench-scoring bench-7b bench-scaling bench-speculation bench-training bench-rounding bench-distill-7b bench-page test-oldest
 .DEFAULT_GOAL := demo
 
 install: $(INSTALLED)
@@ -88,6 +89,9 @@ bench-speculation: $(INSTALLED)
 
 bench-training: $(INSTALLED)
 	$(BIN)/python tests/bench/training.py
+
+bench-rounding: $(INSTALLED)
+	$(BIN)/python tests/bench/rounding.py
 
 bench-distill-7b: $(INSTALLED)
 	$(BIN)/python tests/bench/distill_7b.py

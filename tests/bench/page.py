@@ -72,6 +72,16 @@ def training(found: Figures) -> str:
     )
 
 
+def rounding(found: Figures) -> str:
+    """Return what of a training arrives in bfloat16."""
+    return (
+        f"{table(found['rows'])}\n\nLoss in nats a token on {found['measured_tokens']} tokens of {found['corpus']}'s test text, "
+        f"of {found['model']} with 20 % removed and trained on {found['tokens']} tokens of its validation text. At random: "
+        "up or down, each as likely as it is near, the mean of three seeds; so models that are stored in less than float32 "
+        "get what was trained."
+    )
+
+
 def distillation(found: Figures) -> str:
     """Return what it takes to distil one merged block of a LLaMA-7B of random weights."""
     peak, most = found["peak_gib"], found["most_gib"]
@@ -92,6 +102,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Figures], str]]] = {
     ),
     "speculation": ("Self-speculative decoding of a FlexiGPT model", "bench-speculation", speculation),
     "training": ("The lora recovery, beside transformers and peft alone", "bench-training", training),
+    "rounding": ("What of a training arrives in bfloat16", "bench-rounding", rounding),
     "distill_7b": ("One merged block of LLaMA-7B's shapes, distilled", "bench-distill-7b", distillation),
     "verify-engine": (
         "The same answers as stock lm-eval",
