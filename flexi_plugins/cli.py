@@ -269,8 +269,6 @@ def recover(
     \b
     Example: flexi recover --plan plan.json --method lora --tokens 65536 -o recovered/
     """
-    import shutil
-
     from flexi_plugins.corpora.files import find_corpus
     from flexi_plugins.machine import first_process, take_own_gpu
     from flexi_plugins.plugins import Plugins
@@ -289,17 +287,9 @@ def recover(
     checkpoints = output.with_name(f"{output.name}.training")
     made, by = _kept_plan(pruner, asked, checkpoints)
     trained = pruner.recover(made, chosen, setting, checkpoints, by)
-    if not first_process():
-        return
-    unfinished = checkpoints / "model"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    pruner.write(trained, unfinished)
-    for file in checkpoints.glob("*"):
-        if file.is_file():  # what the method leaves beside the model
-            shutil.move(file, unfinished / file.name)
-    unfinished.rename(output)
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    show_written(trained.plan, pruner.checkpoint, output, as_json)
+    if first_process():
+        _write_trained(pruner, trained, checkpoints, output)
+        show_written(trained.plan, pruner.checkpoint, output, as_json)
 
 
 @app.command("eval")
@@ -647,6 +637,20 @@ def _write_model(pruner: Pruner, planned: Planned, output: Path, as_json: bool) 
     """Write a plan's model, and say what it is."""
     pruner.write(planned, output)
     show_written(planned.plan, pruner.checkpoint, output, as_json)
+
+
+def _write_trained(pruner: Pruner, trained: Planned, checkpoints: Path, output: Path) -> None:
+    """Write a trained model beside its checkpoints, with the files that its method left there, then move it in place."""
+    import shutil
+
+    unfinished = checkpoints / "model"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    pruner.write(trained, unfinished)
+    for file in checkpoints.glob("*"):
+        if file.is_file():
+            shutil.move(file, unfinished / file.name)
+    unfinished.rename(output)
+    shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 def _read_plan(path: Path, pruner: Pruner) -> Planned:

@@ -411,7 +411,7 @@ def test_what_is_not_trained_is_the_same_tensor_and_the_original_stays_as_it_is(
     request = ask(tmp_path, model)
     found, trained = learn(request, names=names)
     assert found.keys() == set(names)
-    recovered = trained.recovered(model, found).model
+    recovered = trained.recovered(request, found).model
     after = recovered.state_dict()
     moved = [name for name, tensor in model.state_dict().items() if after[name].data_ptr() != tensor.data_ptr()]
     assert sorted(moved) == sorted(names)
@@ -441,7 +441,7 @@ def test_bfloat16_weights_are_trained_in_float32_and_stored_in_bfloat16(tmp_path
     assert frozen.model.norm.weight.dtype == torch.float32
     assert frozen.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
     found, trained = learn(request, replace(FAST, learning_rate=1e-4))
-    recovered = trained.recovered(model, found).model
+    recovered = trained.recovered(request, found).model
     assert {parameter.dtype for parameter in recovered.parameters()} == {torch.bfloat16}
     assert trained.curve[-1]["held_out_loss"] < trained.curve[0]["held_out_loss"]
     old, new = model.lm_head.weight, recovered.lm_head.weight
