@@ -2,7 +2,8 @@
 
 For the dense model and one plan of every strategy, on the seven tasks. float32: summed log-probabilities within 1e-3 and
 the same accuracies. bfloat16: no more changed answers than stock has against itself at another batch size, plus one in a
-hundred documents. What was answered is kept under runs/bench/verify: a call that was stopped goes on where it was.
+hundred documents; and how far from the answers in float32 both sides are. What was answered is kept under
+runs/bench/verify: a call that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import hashlib
 import json
 import os
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,9 +43,10 @@ CALIBRATION, OPTIONS = (
 LARGEST = 1e-3  # nats, of a choice's summed log-probability in float32
 IN_A_HUNDRED = 1
 BATCHES = {"float32": (4,), "bfloat16": (16, 4)}  # of stock; the first is what the engine is compared with
-# torch's float32 log_softmax on a CPU is some 1e-5 a token too high (4.5e-4 over 49 tokens, measured), so in float32 stock
-# is asked for an exact softmax of its logits by HFLM's own option. In bfloat16 it runs as it is.
-SOFTMAX = {"float32": "float64", "bfloat16": None}
+# The dtype of stock's softmax, by HFLM's own option. In float32 torch's log_softmax on a CPU is some 1e-5 a token too high
+# (4.5e-4 over 49 tokens, measured). By default stock takes the model's: in bfloat16 nearly all of its log-probabilities are
+# then multiples of a sixteenth of a nat. The engine's are made in float32 whatever the model is in.
+SOFTMAX = {"float32": "float64", "bfloat16": "float32"}
 TOKENS_PER_SECOND = {"float32": 370, "bfloat16": 800}  # of stock on two server cores, for the estimate beforehand
 RUNS = Path(__file__).parents[2] / "runs" / "bench" / "verify"
 
@@ -84,9 +87,12 @@ class Answers:
                 _write(files[missing[label]], documents)
         return {cell: _read(file) for cell, file in files.items()}
 
-    def by_stock(self, dtype: str, batch_size: int) -> dict[Cell, Documents]:
-        """Return what stock answers for the exported folder of every model; what is kept is not asked again."""
-        side, softmax = f"stock{batch_size}", SOFTMAX[dtype]
+    def by_stock(self, dtype: str, batch_size: int, softmax: str | None) -> dict[Cell, Documents]:
+        """Return what stock answers for the exported folder of every model; what is kept is not asked again.
+
+        softmax: the dtype of its softmax; None: its default.
+        """
+        side = f"stock{batch_size}"
         exports = self.exports
         files = {c: self._file(c, dtype, side, str(softmax), content) for c, (_, content) in exports.items()}
         missing = [cell for cell, file in files.items() if not file.is_file()]
@@ -95,7 +101,7 @@ class Answers:
             setting = stock.Setting(definitions, dtype, batch_size, self.asked.limit, softmax, whole_index=False)
             self._say_cost(setting, len(missing))
             results = stock.run_each([exports[cell][0] for cell in missing], setting)
-            title = f"stock lm-eval in {dtype}, batch size {batch_size}"
+            title = f"stock lm-eval in {dtype}, batch size {batch_size}, softmax in {softmax or dtype}"
             with self.progress.stage(title, len(missing)) as advance:
                 for cell, result in zip(missing, results, strict=True):
                     _write(files[cell], result["documents"])
@@ -202,6 +208,16 @@ def compare_bfloat16(model: str, engine: Documents, expected: Documents, again: 
     return row, problems
 
 
+def distances(model: str, exact: Documents, sides: Mapping[str, Documents]) -> Row:
+    """Return a row of how far each side is from the answers in float32: answers that differ, and mean difference in nats."""
+    row: Row = {"model": model, "documents": len(exact)}
+    for metric in stock.METRICS:
+        row |= {f"{metric}: {name}": len(stock.changed(side, exact)[metric]) for name, side in sides.items()}
+    for name, side in sides.items():
+        row[f"nats: {name}"] = statistics.fmean(abs(a - b) for _, _, a, b in _choices(side, exact))
+    return row
+
+
 def _choices(one: Documents, other: Documents) -> Iterator[tuple[tuple[str, int], int, float, float]]:
     """Yield document, number of the choice, and its log-probability on both sides, which have the same documents."""
     ours, theirs = stock.by_document(one), stock.by_document(other)
@@ -227,7 +243,7 @@ def _names(places: Sequence[tuple[str, int]]) -> str:
 def verify(answers: Answers, dtypes: Sequence[str]) -> tuple[dict[str, list[Row]], list[str]]:
     """Return the rows of the tables by dtype, and everything that is wrong."""
     engine = {dtype: answers.by_engine(dtype) for dtype in dtypes}
-    plain = {dtype: [answers.by_stock(dtype, size) for size in BATCHES[dtype]] for dtype in dtypes}
+    plain = {dtype: [answers.by_stock(dtype, size, SOFTMAX[dtype]) for size in BATCHES[dtype]] for dtype in dtypes}
     compare: dict[str, Callable[..., tuple[Row, list[str]]]]
     compare = {"float32": compare_float32, "bfloat16": compare_bfloat16}
     rows: dict[str, list[Row]] = {dtype: [] for dtype in dtypes}
@@ -237,6 +253,20 @@ def verify(answers: Answers, dtypes: Sequence[str]) -> tuple[dict[str, list[Row]
             row, wrong = compare[dtype](cell.label, engine[dtype][cell], *(found[cell] for found in plain[dtype]))
             rows[dtype].append(row)
             problems += wrong
+    if len(dtypes) == len(BATCHES):
+        default = answers.by_stock("bfloat16", BATCHES["bfloat16"][0], None)
+        rows["distances"] = [
+            distances(
+                cell.label,
+                plain["float32"][0][cell],
+                {
+                    "engine": engine["bfloat16"][cell],
+                    "stock": plain["bfloat16"][0][cell],
+                    "stock, default": default[cell],
+                },
+            )
+            for cell in CELLS
+        ]
     return rows, problems
 
 
@@ -247,7 +277,9 @@ def text_of(rows: Mapping[str, Sequence[Row]], problems: Sequence[str], limit: i
     heads = {
         "float32": "float32: summed log-probability of every choice, in nats",
         "bfloat16": f"bfloat16: documents with another answer than stock at batch size {BATCHES['bfloat16'][0]}; stock "
-        f"itself at batch size {BATCHES['bfloat16'][1]}",
+        f"itself at batch size {BATCHES['bfloat16'][1]}; its softmax in float32",
+        "distances": "bfloat16: documents with another answer than stock in float32, and the mean difference; stock with its "
+        "softmax in float32, and by default, in bfloat16",
     }
     return "\n\n".join(
         [
