@@ -43,9 +43,9 @@ CALIBRATION, OPTIONS = (
 LARGEST = 1e-3  # nats, of a choice's summed log-probability in float32
 IN_A_HUNDRED = 1
 # Of stock; the first is what the engine is compared with. lm-eval sorts its requests by length, so that batches of 4 and of
-# 16 pad most rows alike and repeat the same arithmetic to the bit; batches of 64 pad them otherwise, and only then does
+# 16 pad most rows alike and repeat the same arithmetic to the bit; batches of 32 pad more of them otherwise, and only then does
 # stock show what the order of its sums is worth in bfloat16.
-BATCHES = {"float32": (4,), "bfloat16": (16, 64)}
+BATCHES = {"float32": (4,), "bfloat16": (16, 32)}
 # The dtype of stock's softmax, by HFLM's own option. In float32 torch's log_softmax on a CPU is some 1e-5 a token too high
 # (4.5e-4 over 49 tokens, measured). By default stock takes the model's: in bfloat16 nearly all of its log-probabilities are
 # then multiples of a sixteenth of a nat. The engine's are made in float32 whatever the model is in.
