@@ -98,7 +98,7 @@ def test_the_command_ends_with_status_1_and_says_which_choice_broke_a_bound(
         def by_engine(self, dtype: str) -> dict[Any, Any]:
             return {cell: FAR if "share" in cell.strategy else STOCK for cell in bench.CELLS}
 
-        def by_stock(self, dtype: str, batch_size: int) -> dict[Any, Any]:
+        def by_stock(self, dtype: str, batch_size: int, softmax: str | None) -> dict[Any, Any]:
             return dict.fromkeys(bench.CELLS, STOCK)
 
     monkeypatch.setattr(bench, "Answers", Answers)
