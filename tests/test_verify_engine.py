@@ -112,7 +112,7 @@ def test_the_command_ends_with_status_1_and_says_which_choice_broke_a_bound(
     figures = json.loads(said.out.splitlines()[-1])
     assert not figures["passed"]
     assert len(figures["problems"]) == 1
-    assert set(figures["rows"]) == {"float32", "bfloat16", "distances"}
+    assert set(figures["rows"]) == {"float32", "bfloat16", "distances", "softmax"}
 
 
 @pytest.mark.real

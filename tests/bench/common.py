@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flexi_plugins.files import replacing
+from flexi_plugins.files import write_text
 from flexi_plugins.store import commit
 from flexi_plugins.store import environment as software
 
@@ -48,8 +48,7 @@ def finish(name: str, values: Mapping[str, Any]) -> None:
     Print nothing afterwards: the line is the last. Figures are finite JSON values; anything else is a ValueError.
     """
     figures = {"bench": name, **values, **environment()}
-    with replacing(RESULTS / f"{name}.json") as temporary:
-        temporary.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(RESULTS / f"{name}.json", json.dumps(figures, indent=2, allow_nan=False) + "\n")
     print(json.dumps(figures, allow_nan=False), flush=True)
 
 

@@ -36,7 +36,7 @@ from flexi_plugins.evaluators.tasks import LmEval
 from flexi_plugins.execution.packing import Request, pack
 from flexi_plugins.execution.schedule import count_blocks
 from flexi_plugins.execution.sweep import Planned
-from flexi_plugins.files import replacing
+from flexi_plugins.files import write_text
 from flexi_plugins.progress import Progress
 from flexi_plugins.pruner import Pruner
 
@@ -168,8 +168,7 @@ class Stock:
             folder = Path(scratch) / "model"
             self.pruner.write(planned, folder)
             result = stock.run(folder, self.how)
-        with replacing(file) as temporary:
-            temporary.write_text(json.dumps({**result, "setting": self.setting}), encoding="utf-8")
+        write_text(file, json.dumps({**result, "setting": self.setting}))
 
 
 # ------------------------------------------------------------------------------------------- what came out

@@ -10,7 +10,7 @@ import distill_7b
 import seven_b
 from common import RESULTS, table
 
-from flexi_plugins.files import replacing
+from flexi_plugins.files import write_text
 
 Figures = Mapping[str, Any]
 
@@ -130,8 +130,7 @@ def main() -> None:
         if file.is_file():
             found = json.loads(file.read_text(encoding="utf-8"))
             parts.append(f"## {title}\n\n`make {target}`: {where(found)}\n\n{text(found)}")
-    with replacing(RESULTS / "README.md") as temporary:
-        temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_text(RESULTS / "README.md", "\n\n".join(parts) + "\n")
     print(RESULTS.name, "README.md written")
 
 

@@ -83,9 +83,9 @@ def main() -> None:
                 "float32": exact,
                 "nearest": nearest,
                 "at random": sum(random) / len(random),
-                "gain kept by nearest": (start - nearest) / (start - exact),
-                "at random ": (start - sum(random) / len(random)) / (start - exact),
-                "weights that nearest leaves": unchanged / total,
+                "gain kept: nearest": (start - nearest) / (start - exact),
+                "gain kept: at random": (start - sum(random) / len(random)) / (start - exact),
+                "weights unchanged: nearest": unchanged / total,
             }
         )
         print(table(rows[-1:]), flush=True)
