@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from flexi_plugins.models import open_model
 from flexi_plugins.plugins import Plugins, check_compatible, options_json, options_of, own_knob
 from flexi_plugins.progress import Progress
 from flexi_plugins.recovered import planned_of
+from flexi_plugins.recovery.monitor import Trained
 from flexi_plugins.rewrite import PlanWeights, build_model, needed_tensors, with_digests, write_checkpoint
 
 
@@ -69,15 +70,6 @@ class Training:
         for name, least in (("length", 2), ("tokens", 0), ("held_out", 1)):
             if getattr(self, name) < least:
                 raise FlexiError(f"training: {name} = {getattr(self, name)}, expected {least} or more")
-
-
-@dataclass(frozen=True)
-class Course:
-    """What a recovery method says of one training (see ``Recovered``)."""
-
-    curve: tuple[Mapping[str, float], ...] = ()
-    facts: Mapping[str, float] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
 
 
 class Pruner:
@@ -326,7 +318,7 @@ class Pruner:
         method: RecoveryMethod,
         setting: Training,
         folder: Path,
-    ) -> tuple[Planned, list[Course]]:
+    ) -> tuple[Planned, list[Trained]]:
         """Make a plan again, and train its model behind every step on the next of equal shares of the text.
 
         Each step is chosen by the scores of the model as it is trained by then. made: the plan without training, which says
@@ -340,12 +332,12 @@ class Pruner:
                 f"{method.name}: {setting.tokens:,} tokens in windows of {setting.length} are less than one window for each of "
                 f"{steps} steps; expected at least {steps * setting.length:,} tokens"
             )
-        courses: list[Course] = []
+        courses: list[Trained] = []
 
         def then(planned: Planned, step: int) -> Planned:
             if step > steps:
                 note = f"step {step} is not trained: without training there were {steps}, which have shared the text"
-                courses.append(Course(notes=(note,)))
+                courses.append(Trained(notes=(note,)))
                 return planned
             share = slice((step - 1) * windows, step * windows)
             part, place = TrainingText(text.ids[share], text.labels[share]), folder / f"step-{step}"
@@ -359,7 +351,7 @@ class Pruner:
                 shutil.move(file, folder / file.name)
         if len(courses) < steps:
             note = f"{len(courses)} of {steps} shares of the text were used: training made the steps fewer"
-            courses.append(Course(notes=(note,)))
+            courses.append(Trained(notes=(note,)))
         return planned, courses
 
     def _trained(
@@ -370,7 +362,7 @@ class Pruner:
         held_out: TrainingText,
         tokens: int,
         folder: Path,
-    ) -> tuple[Planned, Course]:
+    ) -> tuple[Planned, Trained]:
         """Train a plan's model on a text; return the plan of what came out, and what the method says of it."""
         model: Any = build_model(planned.plan, self.checkpoint.mapped(), planned.attached)
         before = model.state_dict()
@@ -391,10 +383,10 @@ class Pruner:
             )
         )
         trained = planned_of(recovered.model, planned, before, self.checkpoint)
-        return trained, Course(recovered.curve, recovered.facts, recovered.notes)
+        return trained, Trained(recovered.curve, recovered.facts, recovered.notes)
 
     def _with_history(
-        self, trained: Planned, method: RecoveryMethod, setting: Training, courses: Sequence[Course]
+        self, trained: Planned, method: RecoveryMethod, setting: Training, courses: Sequence[Trained]
     ) -> Planned:
         """Return a trained plan whose origin says how it was trained: once, or several times one behind the other.
 

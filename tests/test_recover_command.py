@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from studies import make_model, make_study, make_text, run_study
+from studies import make_study, run_study
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
@@ -23,16 +23,6 @@ from flexi_plugins.store import Store
 
 Recover = Callable[..., Result]
 MERGED = ("--metric", "come", "--strategy", "concat-merge", "--ratio", "0.2")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 @pytest.fixture

@@ -12,12 +12,14 @@ import torch
 from tiny import attached_for, change, close, logits, opened, sharing, tiny, tokens
 from torch import nn
 
-from flexi_plugins import hookimpl
+from flexi_plugins import hookimpl, recovered
 from flexi_plugins.corpora.python_docs import PythonDocs
 from flexi_plugins.corpora.training import training_text
 from flexi_plugins.corpora.windows import token_windows
 from flexi_plugins.data import BlockRecipe, Part, PruningPlan
 from flexi_plugins.errors import FlexiError
+from flexi_plugins.execution import blocks
+from flexi_plugins.execution.blocks import Blocks
 from flexi_plugins.execution.schedule import count_blocks
 from flexi_plugins.execution.sweep import Planned
 from flexi_plugins.hookspecs import IGNORED, Recovered, RecoveryMethod, RecoveryRequest
@@ -144,6 +146,33 @@ def test_own_outer_tensors_compose_and_name_the_head_only_where_there_is_one():
     assert not plan.is_identity
     narrower = change(PruningPlan.identity(untied), {1: BlockRecipe(parts=(Part(1, (0,)),))})
     assert plan.compose(narrower).own == ("head",)
+
+
+def test_a_change_that_a_plan_has_no_place_for_is_no_silent_loss(monkeypatch: pytest.MonkeyPatch):
+    model = tiny()
+    places = recovered._places
+    monkeypatch.setattr(recovered, "_places", lambda *a: {n: p for n, p in places(*a).items() if "norm" not in n})
+    with pytest.raises(FlexiError, match=r"tensor 'model.norm.weight' was changed, and a plan has no place for it"):
+        trained(model, cut(opened(model).shape), {}, lambda name: name == "model.norm.weight")
+
+
+@pytest.mark.parametrize("held", [1, 4])
+def test_plans_with_heads_of_their_own_have_theirs_however_few_are_held(held: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(blocks, "OUTERS", held)
+    model = tiny()
+    checkpoint = opened(model)
+    made = Blocks(checkpoint)
+    models = []
+    for factor in (0.5, 1.5, 2.0):
+        pruned = build_model(PruningPlan.identity(checkpoint.shape), checkpoint)
+        before = pruned.state_dict()
+        pruned.lm_head.weight = nn.Parameter(pruned.lm_head.weight * factor, requires_grad=False)
+        models.append(planned_of(pruned, Planned(PruningPlan.identity(checkpoint.shape)), before, checkpoint))
+    states = torch.randn(2, 32)
+    expected = made.logits(states)
+    for planned, factor in [*zip(models, (0.5, 1.5, 2.0), strict=True)] * 2:
+        assert close(made.logits(states, planned.plan, planned.attached), expected * factor)
+    assert len(made._outers) == min(held, 3)
 
 
 # ---------------------------------------------------------------------------------------- the pruner

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from studies import make_model, make_study, make_text, plugins_with, run_study, values
+from studies import make_study, plugins_with, run_study, values
 from torch import nn
 
 from flexi_plugins.data import PruningPlan
@@ -97,16 +97,6 @@ class Leaves(Quieter):
         (request.folder / "checkpoint-1").mkdir(parents=True)
         (request.folder / "packed.bin").write_text("bits")
         return super().recover(request)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 def study(folder: Path, model: Path, text: Path, recovery: str, strategy: str = "remove-blocks") -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from flexi_plugins.errors import FlexiError
@@ -29,9 +29,9 @@ Only the model's ``forward`` runs in the compute dtype; what the loss makes of i
 class Trained:
     """What a training says of itself (see ``Recovered``); the parameters were trained in place."""
 
-    curve: tuple[Mapping[str, float], ...]
-    facts: Mapping[str, float]
-    notes: tuple[str, ...]
+    curve: tuple[Mapping[str, float], ...] = ()
+    facts: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def recovered(self, request: RecoveryRequest, tensors: Mapping[str, Tensor]) -> Recovered:
         """Return what a method gives back: the request's model with these parameters in the place of its own.
