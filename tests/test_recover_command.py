@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 from flexi_plugins.cli import app
 from flexi_plugins.data import PruningPlan
 from flexi_plugins.pruner import Pruner
+from flexi_plugins.show import show_recovery
 from flexi_plugins.store import Store
 
 Recover = Callable[..., Result]
@@ -160,3 +161,23 @@ def test_two_processes_train_what_one_does(windows: int, model: Path, text: Path
     ]
     for point, other in zip(*curves, strict=True):
         assert point == pytest.approx(other, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({}, "trained by theirs on 90 tokens: held-out loss 3.0000 -> 1.0000 nats a token"),
+        (
+            {"trained_tokens": 64, "kept_tokens": 32},
+            "on 64 tokens: held-out loss 3.0000 -> 2.0000 nats a token, of the",
+        ),
+        ({"trained_tokens": 64, "kept_tokens": 0}, "held-out loss 3.0000 -> 3.0000 nats a token, of the state after 0"),
+    ],
+)
+def test_what_is_said_of_a_training_is_of_the_state_that_was_kept(
+    facts: dict[str, float], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the method names none, it is the last one."""
+    curve = [{"tokens": 16 * i, "held_out_loss": 3.0 - i / 2} for i in (0, 2, 4)]
+    show_recovery({"method": "theirs", "facts": facts, "training": {"tokens": 90}, "curve": curve, "notes": []})
+    assert said in capsys.readouterr().out
