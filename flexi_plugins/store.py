@@ -30,8 +30,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what reading a foreign file raises
-LIBRARIES = ("torch", "transformers", "peft", "accelerate", "lm_eval", "safetensors", "datasets", "numpy")
-DISTRIBUTIONS = ("flexi-plugins", *LIBRARIES)
+DISTRIBUTIONS = (
+    "flexi-plugins",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "lm_eval",
+    "safetensors",
+    "datasets",
+    "numpy",
+)
 COLUMNS = ("label", "model", "metric", "strategy", "ratio", "true_ratio", "recovery", "seed", "status", "reason")
 SIZES = ("stored_parameters", "runtime_parameters", "macs_per_token")
 

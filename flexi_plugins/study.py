@@ -215,7 +215,8 @@ class Study:
         assert work.planned is not None
         assert work.recovery is not None
         key = recovered_key(work.cell)
-        if self.store.read_plan(key) is None:
+        stored = self.store.read_plan(key)
+        if stored is None:
             folder = self.folder / "training" / key[:12]
             made_by = (work.metric, work.strategy) if work.metric and work.strategy else None
             with self._timed([work], "recovery"):
@@ -225,7 +226,7 @@ class Study:
             self.store.keep(key, folder)
             self.store.write_plan(key, trained.plan, trained.attached, work.timing)
             shutil.rmtree(folder, ignore_errors=True)
-        stored = self.store.read_plan(key)  # from its file, so that memory does not hold what many cells trained
+            stored = self.store.read_plan(key)  # from its file, so that memory does not hold what many cells trained
         assert stored is not None
         work.planned = Planned(*stored)
         work.remember(self.store.plan_timing(key))
