@@ -10,8 +10,8 @@ from tiny import close, logits, opened, tiny
 from torch import Tensor, nn
 
 from flexi_plugins.data import PruningPlan
-from flexi_plugins.execution import packing
 from flexi_plugins.execution.blocks import Blocks
+from flexi_plugins.execution.branches import chunks_of
 from flexi_plugins.execution.packing import Pack, Request, pack
 from flexi_plugins.execution.sweep import Planned, Sweeper
 
@@ -33,10 +33,9 @@ def documents(seed: int = 0, count: int = 12) -> list[Request]:
     return made
 
 
-def seen_by(pack_: Pack, row: int, column: int) -> list[int]:
-    """Return the tokens that a token sees, in order, itself last."""
-    assert pack_.batch.visible is not None
-    return pack_.batch.ids[row][pack_.batch.visible[row, column]].tolist()
+def sequences_of(one: Pack) -> list[list[int]]:
+    """Return the tokens of every sequence of a packed batch."""
+    return [one.batch.ids[0, list(sequence)].tolist() for sequence in one.batch.sequences]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -44,14 +43,15 @@ def test_every_read_sees_its_own_prefix_and_nothing_else(seed: int) -> None:
     requests = documents(seed)
     packs = pack(requests, 200)
     for one in packs:
+        assert one.batch.positions is not None
         for (row, columns, targets), (context, continuation) in zip(one.batch.reads, one.requests, strict=True):
+            assert row == 0
             assert tuple(targets) == continuation
             sequence = [*context, *continuation]
-            for number, column in enumerate(columns):
-                prefix = sequence[: len(context) + number]
-                assert seen_by(one, row, column) == prefix
-                assert one.batch.positions is not None
-                assert int(one.batch.positions[row, column]) == len(prefix) - 1
+            holding = [s for s in one.batch.sequences if list(columns) == list(s[len(context) - 1 : len(sequence) - 1])]
+            assert holding
+            assert {tuple(one.batch.ids[0, s[: len(sequence) - 1]].tolist()) for s in holding} == {tuple(sequence[:-1])}
+            assert one.batch.positions[0, columns].tolist() == list(range(len(context) - 1, len(sequence) - 1))
     assert sorted(r for p in packs for r in p.requests) == sorted(set(requests))
 
 
@@ -64,28 +64,36 @@ def test_a_context_is_run_once_for_all_its_answers() -> None:
     assert len({c[0] for _, c, _ in one[0].batch.reads}) == 1, "all answers begin at the last token of the context"
 
 
-def test_documents_that_begin_alike_share_only_what_pays() -> None:
-    long = tuple(range(40))
-    shared = [((*long, 41, 42), (1, 2)), ((*long, 43, 44), (3, 4))]
-    barely = [((1, *range(2, 42)), (5,)), ((1, *range(20, 60)), (5,))]
-    assert pack(shared)[0].batch.ids.numel() == 40 + 3 + 3
-    assert pack(barely)[0].batch.ids.numel() == 41 + 41, "one common token is not worth attending to all the others"
+def test_no_sequence_is_the_beginning_of_another() -> None:
+    one = pack([((1, 2), (3,)), ((1, 2, 3), (4,)), ((1, 2), (3, 4, 5)), ((1, 2, 7), (8,))])
+    assert sequences_of(one[0]) == [[1, 2, 3, 4], [1, 2, 7]]
+    assert one[0].batch.ids.tolist() == [[1, 2, 3, 4, 7]]
 
 
 @pytest.mark.parametrize("budget", [40, 100, 1000])
-def test_batches_stay_within_their_budget(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "ROW_TOKENS", 40)
-    for one in pack(documents(count=40), budget):
-        rows, width = one.batch.ids.shape
-        assert rows * width <= budget or rows == 1
-        assert width <= max(40, max(len(c) + len(t) for c, t in one.requests) * 6)
+def test_batches_are_full_and_within_their_budget(budget: int) -> None:
+    packs = pack(documents(count=40), budget)
+    sizes = [p.batch.ids.numel() for p in packs]
+    assert all(size <= budget or len(p.requests) == 1 for size, p in zip(sizes, packs, strict=True))
+    assert all(size > budget - 30 for size in sizes[:-1]), "no request has 30 tokens"
 
 
-def test_rows_are_nearly_full() -> None:
+def test_much_less_is_run_than_one_by_one() -> None:
     packs = pack(documents(count=300))
-    cells = sum(p.batch.ids.numel() for p in packs)
     alone = sum(len(c) + len(t) - 1 for c, t in set(documents(count=300)))
-    assert cells < 0.6 * alone, "less is run than one by one, padding included"
+    assert sum(p.batch.ids.numel() for p in packs) < 0.5 * alone
+
+
+@pytest.mark.parametrize("room", [12, 40, 1000])
+def test_every_token_attends_in_one_place(room: int) -> None:
+    batch = pack(documents())[0].batch
+    chunks = chunks_of(batch.sequences, room)
+    assert all(c.tokens.numel() <= room or len(c.tokens) == 1 for c in chunks)
+    assert sorted(torch.cat([c.places for c in chunks]).tolist()) == list(range(batch.ids.numel()))
+    for chunk in chunks:
+        assert torch.equal(chunk.tokens.flatten()[chunk.own], chunk.places)
+        assert batch.positions is not None
+        assert torch.equal(chunk.own % chunk.tokens.shape[1], batch.positions[0, chunk.places])
 
 
 def test_the_same_requests_in_any_order_make_the_same_batches() -> None:

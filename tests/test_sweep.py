@@ -280,7 +280,6 @@ class Progress:
 @pytest.fixture
 def small_groups(monkeypatch):
     monkeypatch.setattr("flexi_plugins.execution.likelihoods.BATCH_TOKENS", 40)
-    monkeypatch.setattr("flexi_plugins.execution.packing.ROW_TOKENS", 20)
 
 
 def answer(planned, requests, journal, checkpoint=None, setting="s", progress=None):

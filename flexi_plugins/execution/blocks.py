@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers import MODEL_MAPPING
 
 from flexi_plugins.checkpoint import Checkpoint
 from flexi_plugins.data import OUTER, PruningPlan
+from flexi_plugins.execution.branches import branching, chunks_of
 from flexi_plugins.execution.schedule import Step, plan_reads
 from flexi_plugins.execution.states import States
 from flexi_plugins.modeling import BlockSpec, build_block
@@ -65,6 +67,7 @@ class Blocks:
             self._shell = MODEL_MAPPING[type(config)](config).eval()
         blocks = getattr(self._shell, family.blocks)
         self._block_class = type(blocks[0])
+        self._block_config = branching(config, self._block_class)
         norm = getattr(self._shell, family.final_norm)
         setattr(self._shell, family.blocks, nn.ModuleList(_Recorder(block) for block in blocks))
         setattr(self._shell, family.final_norm, nn.Identity())
@@ -190,7 +193,7 @@ class Blocks:
         spec = BlockSpec.of_plan(plan)[position]
         donor = None if spec.shares is None else self.block(plan, spec.shares, attached)
         with init_empty_weights(include_buffers=False):
-            block = build_block(self._block_class, self._shell.config, self.checkpoint.family, spec, 0, donor)
+            block = build_block(self._block_class, self._block_config, self.checkpoint.family, spec, 0, donor)
         tensors = block_tensors(plan, position, self._reading(self._source), attached)
         state = {n: t.to(self.device, self.dtype) for n, t in tensors.items()}
         block.load_state_dict(state, strict=True, assign=True)
@@ -236,33 +239,30 @@ class Blocks:
         return hidden if plan is None or plan.embedding_gain == 1.0 else hidden * plan.embedding_gain
 
     def arguments(
-        self, hidden: Tensor, positions: Tensor | None = None, visible: Tensor | None = None
+        self, hidden: Tensor, positions: Tensor | None = None, sequences: Sequence[Sequence[int]] = ()
     ) -> dict[str, dict[str, Any]]:
         """Return what the model hands its blocks for states of this shape (mask, positions, rotary): by attention type.
 
-        positions: (rows, tokens), default 0, 1, ...; visible: (rows, tokens, tokens) bool, which tokens (last) each
-        token sees; default causal. Sliding windows are taken off what is visible here, since the model leaves a mask
-        that it is given as it is.
+        sequences: of a trie of tokens in one row, the indices of the tokens of each; the blocks then also take what the
+        model would hand them for the sequences. positions: (1, tokens), of the tokens of a trie; default 0, 1, ...
         """
-        given: dict[str, Any] = {}
-        if visible is not None:
-            assert positions is not None
-            positions, visible = positions.to(self.device), visible.to(self.device)
-            given = {"position_ids": positions, "attention_mask": self._mask(visible)}
+        if positions is None:
+            return self._handed(hidden)
+        unused = hidden.new_zeros(1, 1, 1, 1)  # the model makes no mask of its own beside a given one
+        arguments = self._handed(hidden, position_ids=positions.to(self.device), attention_mask=unused)
+        for given in arguments.values():
+            given |= {"attention_mask": None, "branches": []}
+        for chunk in (c.to(self.device) for c in chunks_of(sequences, hidden.shape[1])):
+            of_chunk = self._handed(hidden.new_zeros(1, 1, 1).expand(*chunk.tokens.shape, hidden.shape[-1]))
+            for kind, given in arguments.items():
+                given["branches"].append(replace(chunk, mask=of_chunk[kind]["attention_mask"]))
+        return arguments
+
+    def _handed(self, hidden: Tensor, **given: Any) -> dict[str, dict[str, Any]]:
         self._shell(inputs_embeds=hidden, use_cache=False, **given)
         recorders = getattr(self._shell, self.checkpoint.family.blocks)
         shapes = self.checkpoint.shape.blocks
-        arguments = {s.attention_type: dict(r.kwargs) for s, r in zip(shapes, recorders, strict=True)}
-        if visible is not None and "sliding_attention" in arguments:
-            assert positions is not None
-            near = positions[:, :, None] - positions[:, None, :] < self._shell.config.sliding_window
-            arguments["sliding_attention"]["attention_mask"] = self._mask(visible & near)
-        return arguments
-
-    def _mask(self, visible: Tensor) -> Tensor:
-        """Return an additive mask (rows, 1, tokens, tokens), which every attention implementation understands."""
-        mask = torch.zeros(visible.shape, dtype=self.dtype, device=visible.device)
-        return mask.masked_fill_(~visible, torch.finfo(self.dtype).min)[:, None]
+        return {s.attention_type: dict(r.kwargs) for s, r in zip(shapes, recorders, strict=True)}
 
     def run(
         self, plan: PruningPlan, position: int, attached: Tensors, hidden: Tensor, arguments: Mapping[str, Any]

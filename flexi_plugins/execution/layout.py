@@ -138,7 +138,7 @@ def _working_bytes(
     widths = [plans[n.owner].block_shape(plans[n.owner].blocks[n.position]) for n in nodes]
     channels = max(w.channels for w in widths)
     heads = max(w.query_heads * w.head_dim for w in widths)
-    inside = rows * tokens * (8 * model.hidden + 4 * channels + 6 * heads) + 2 * rows * tokens * tokens
+    inside = rows * tokens * (8 * model.hidden + 4 * channels + 12 * heads) + 2 * rows * tokens * tokens
     head = min(HEAD_ROWS, rows * tokens) * model.vocabulary * 12
     statistics = min(OBSERVERS, rows * tokens * channels * 16) if observed else 0
     return max(inside * blocks.dtype.itemsize + statistics, head)

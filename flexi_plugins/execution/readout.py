@@ -24,23 +24,15 @@ Answer = tuple[float, bool]
 class Batch:
     """Token rows run together. ids: (rows, tokens), padded at the end. reads: where log-probabilities are wanted.
 
-    A read is (row, columns, targets): the log-probabilities of ``targets``, each given what its column of the row sees.
-    Packed rows hold tries of tokens in preorder: positions (rows, tokens) are depths, and token j is seen by the tokens
-    i with j <= i < ends[j]; None: every row is one sequence.
+    A read is (row, columns, targets): the log-probabilities of ``targets``, each given what stands before it.
+    A packed batch is one row that holds a trie of tokens: positions (1, tokens) are their depths, and each of the
+    sequences is the indices of its tokens; without positions every row is one sequence.
     """
 
     ids: Tensor
     reads: Sequence[Read] = ()
     positions: Tensor | None = None
-    ends: Tensor | None = None
-
-    @property
-    def visible(self) -> Tensor | None:
-        """Which tokens (last) every token of a packed row sees: (rows, tokens, tokens) bool."""
-        if self.ends is None:
-            return None
-        index = torch.arange(self.ids.shape[1])
-        return (index[None, :] <= index[:, None]) & (index[:, None] < self.ends[:, None, :])
+    sequences: Sequence[Sequence[int]] = ()
 
     @cached_property
     def places(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -219,7 +219,7 @@ class _Group:
             return None
         hidden = self._entering(node, number, batch)
         if number not in self._arguments:
-            self._arguments[number] = self.blocks.arguments(hidden, batch.positions, batch.visible)
+            self._arguments[number] = self.blocks.arguments(hidden, batch.positions, batch.sequences)
         arguments, owner = self._arguments[number], self.planned[node.owner]
         self.blocks.block(owner.plan, node.position, owner.attached)
         with self.blocks.timed("blocks"):

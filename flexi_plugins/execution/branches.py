@@ -1,0 +1,101 @@
+"""Attention of a trie of tokens: each of its sequences attends as it would alone, in the model's own attention function.
+
+Everything else in a block is done token by token, so it runs once for a token that many sequences begin with.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig
+
+from flexi_plugins.modeling import resized_config
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Sequences that attend together. tokens: (sequences, longest), which token of the trie stands where, 0 where padded.
+
+    own, places: whose outputs are kept: positions in the flattened chunk, and the tokens of the trie that they belong to
+    (every token has its place in one sequence). mask: what the model gives its attention for this shape, or None.
+    """
+
+    tokens: Tensor
+    own: Tensor
+    places: Tensor
+    mask: Any = None
+
+    def to(self, device: torch.device) -> Chunk:
+        """Return the chunk on a device."""
+        return replace(
+            self, tokens=self.tokens.to(device), own=self.own.to(device), places=self.places.to(device)
+        )
+
+
+def chunks_of(sequences: Sequence[Sequence[int]], room: int) -> list[Chunk]:
+    """Put sequences (of indices of tokens) of about the same length together, ``room`` tokens with padding, longest first."""
+    chunks: list[Chunk] = []
+    placed: set[int] = set()
+    waiting: list[Sequence[int]] = []
+
+    def flush() -> None:
+        longest = len(waiting[0])
+        tokens = torch.zeros(len(waiting), longest, dtype=torch.long)
+        own, places = [], []
+        for row, sequence in enumerate(waiting):
+            tokens[row, : len(sequence)] = torch.tensor(sequence)
+            for column, token in enumerate(sequence):
+                if token not in placed:
+                    own.append(row * longest + column)
+                    places.append(token)
+            placed.update(sequence)
+        chunks.append(Chunk(tokens, torch.tensor(own), torch.tensor(places)))
+        waiting.clear()
+
+    for sequence in sorted(sequences, key=len, reverse=True):
+        if waiting and (len(waiting) + 1) * len(waiting[0]) > room:
+            flush()
+        waiting.append(sequence)
+    flush()
+    return chunks
+
+
+def branching(config: PreTrainedConfig, block_class: type[nn.Module]) -> PreTrainedConfig:
+    """Return a copy of a configuration whose blocks take the chunks of a trie as ``branches``; without, they run as ever."""
+    implementation = config._attn_implementation
+    eager = sys.modules[block_class.__module__].eager_attention_forward  # every model of transformers brings its own
+    plain = AttentionInterface().get(implementation, eager)
+    name = f"branches of {plain.__module__}.{plain.__qualname__}"
+    AttentionInterface.register(name, partial(_attend, plain))
+    copy = resized_config(config, config.num_hidden_layers)
+    copy._attn_implementation = name
+    return copy
+
+
+def _attend(
+    plain: Callable[..., tuple[Tensor, Any]],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    branches: Sequence[Chunk] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
+    """Attend as transformers' attention functions do: (rows, heads, tokens, width) in, (rows, tokens, heads, width) out."""
+    if branches is None:
+        return plain(module, query, key, value, attention_mask, **kwargs)
+    kwargs.pop("position_ids", None)  # of the trie, not of its sequences
+    flat = [states[0].transpose(0, 1) for states in (query, key, value)]  # (tokens, heads, width)
+    found = torch.empty_like(flat[0], memory_format=torch.contiguous_format)
+    for chunk in branches:
+        inside = [states[chunk.tokens].transpose(1, 2) for states in flat]
+        out, _ = plain(module, *inside, chunk.mask, **kwargs)
+        found[chunk.places] = out.flatten(0, 1)[chunk.own]
+    return found[None], None
