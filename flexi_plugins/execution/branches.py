@@ -18,6 +18,9 @@ from transformers import AttentionInterface, PreTrainedConfig
 from flexi_plugins.modeling import resized_config
 
 
+PADDING = 1 / 16  # of a sequence, at most: attention functions choose their kernels, and so their rounding, by length
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Sequences that attend together. tokens: (sequences, longest), which token of the trie stands where, 0 where padded.
@@ -59,7 +62,8 @@ def chunks_of(sequences: Sequence[Sequence[int]], room: int) -> list[Chunk]:
         waiting.clear()
 
     for sequence in sorted(sequences, key=len, reverse=True):
-        if waiting and (len(waiting) + 1) * len(waiting[0]) > room:
+        longest = len(waiting[0]) if waiting else 0
+        if waiting and ((len(waiting) + 1) * longest > room or longest - len(sequence) > PADDING * longest):
             flush()
         waiting.append(sequence)
     flush()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +11,7 @@ from flexi_plugins.execution.readout import Batch, Read
 from flexi_plugins.hookspecs import Tokens
 
 BATCH_TOKENS = 2048  # of a batch, padding included
+SHARED = 0.2  # of a sequence: documents that have less in common go to the batches of their own lengths
 
 Request = tuple[Tokens, Tokens]
 
@@ -55,18 +56,44 @@ class Pack:
 
 
 def pack(requests: Iterable[Request], budget: int = BATCH_TOKENS) -> list[Pack]:
-    """Return the distinct (context, continuation) requests packed in batches of at most ``budget`` tokens (or one request)."""
+    """Return the distinct (context, continuation) requests packed in batches of at most ``budget`` tokens (or one request).
+
+    The longest come first, so that those that attend together are of about the same length.
+    """
     packs: list[Pack] = []
+    batch: list[_Trie] = []
+    for trie in sorted(_tries(set(requests), budget), key=lambda t: -max(t.depths)):
+        if batch and sum(len(t.ids) for t in (*batch, trie)) > budget:
+            packs.append(_packed(batch))
+            batch = []
+        batch.append(trie)
+    return [*packs, _packed(batch)] if batch else packs
+
+
+def _tries(requests: Iterable[Request], budget: int) -> Iterator[_Trie]:
+    """Put neighbours in order into one trie while they have enough in common, and it stays within the budget."""
     trie = _Trie()
-    for sequence, request in sorted(((*c, *t)[:-1], (c, t)) for c, t in set(requests)):
-        if trie.ids and len(trie.ids) + len(sequence) - trie.common(sequence) > budget:
-            packs.append(_packed(trie))
+    for sequence, request in sorted(((*c, *t)[:-1], (c, t)) for c, t in requests):
+        common = trie.common(sequence)
+        if trie.ids and (common < SHARED * len(sequence) or len(trie.ids) + len(sequence) - common > budget):
+            yield trie
             trie = _Trie()
         trie.add(request, sequence)
-    return [*packs, _packed(trie)] if trie.ids else packs
+    if trie.ids:
+        yield trie
 
 
-def _packed(trie: _Trie) -> Pack:
-    reads: list[Read] = [(0, path[len(c) - 1 :], continuation) for (c, continuation), path in trie.requests]
-    batch = Batch(torch.tensor([trie.ids]), reads, torch.tensor([trie.depths]), trie.sequences)
-    return Pack(batch, tuple(request for request, _ in trie.requests))
+def _packed(tries: Sequence[_Trie]) -> Pack:
+    ids: list[int] = []
+    depths: list[int] = []
+    sequences: list[list[int]] = []
+    reads: list[Read] = []
+    for trie in tries:
+        start = len(ids)
+        ids += trie.ids
+        depths += trie.depths
+        sequences += [[start + i for i in path] for path in trie.sequences]
+        for (context, continuation), path in trie.requests:
+            reads.append((0, [start + i for i in path[len(context) - 1 :]], continuation))
+    batch = Batch(torch.tensor([ids]), reads, torch.tensor([depths]), sequences)
+    return Pack(batch, tuple(request for trie in tries for request, _ in trie.requests))
