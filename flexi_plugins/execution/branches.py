@@ -18,7 +18,8 @@ from transformers import AttentionInterface, PreTrainedConfig
 from flexi_plugins.modeling import resized_config
 
 
-PADDING = 1 / 16  # of a sequence, at most: attention functions choose their kernels, and so their rounding, by length
+TILE = 16  # tokens that an attention function adds up together: padding beyond the last one changes the order of sums
+STEP = 4  # and, rarely, so does padding within it, beyond so many tokens
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Chunk:
 
 
 def chunks_of(sequences: Sequence[Sequence[int]], room: int) -> list[Chunk]:
-    """Put sequences (of indices of tokens) of about the same length together, ``room`` tokens with padding, longest first."""
+    """Put sequences (of indices of tokens) that end in the same step of a tile together, ``room`` tokens with padding, longest first."""
     chunks: list[Chunk] = []
     placed: set[int] = set()
     waiting: list[Sequence[int]] = []
@@ -63,7 +64,7 @@ def chunks_of(sequences: Sequence[Sequence[int]], room: int) -> list[Chunk]:
 
     for sequence in sorted(sequences, key=len, reverse=True):
         longest = len(waiting[0]) if waiting else 0
-        if waiting and ((len(waiting) + 1) * longest > room or longest - len(sequence) > PADDING * longest):
+        if waiting and ((len(waiting) + 1) * longest > room or len(sequence) // STEP != longest // STEP):
             flush()
         waiting.append(sequence)
     flush()

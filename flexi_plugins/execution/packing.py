@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from flexi_plugins.execution.branches import TILE
 from flexi_plugins.execution.readout import Batch, Read
 from flexi_plugins.hookspecs import Tokens
 
 BATCH_TOKENS = 2048  # of a batch, padding included
+MARK = 2**32  # more than any token
 SHARED = 0.2  # of a sequence: documents that have less in common go to the batches of their own lengths
 
 Request = tuple[Tokens, Tokens]
@@ -18,9 +20,9 @@ Request = tuple[Tokens, Tokens]
 
 @dataclass
 class _Trie:
-    """Sequences of tokens, in order; what one has in common with the sequence before it stands there once."""
+    """Marked sequences of tokens, in order; what one has in common with the sequence before it stands there once."""
 
-    ids: list[int] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)  # as ``_marked``
     depths: list[int] = field(default_factory=list)
     sequences: list[list[int]] = field(default_factory=list)  # indices of tokens; none is the beginning of another
     requests: list[tuple[Request, list[int]]] = field(default_factory=list)  # with the sequence of each
@@ -73,7 +75,7 @@ def pack(requests: Iterable[Request], budget: int = BATCH_TOKENS) -> list[Pack]:
 def _tries(requests: Iterable[Request], budget: int) -> Iterator[_Trie]:
     """Put neighbours in order into one trie while they have enough in common, and it stays within the budget."""
     trie = _Trie()
-    for sequence, request in sorted(((*c, *t)[:-1], (c, t)) for c, t in requests):
+    for sequence, request in sorted((_marked((*c, *t)[:-1]), (c, t)) for c, t in requests):
         common = trie.common(sequence)
         if trie.ids and (common < SHARED * len(sequence) or len(trie.ids) + len(sequence) - common > budget):
             yield trie
@@ -83,6 +85,17 @@ def _tries(requests: Iterable[Request], budget: int) -> Iterator[_Trie]:
         yield trie
 
 
+def _marked(sequence: Tokens) -> Tokens:
+    """Return tokens, those of the last, partial tile as others than those that do not end there.
+
+    Attention functions add up a partial tile in another order, so only sequences that end in the same tile share its
+    tokens: every sequence then gets what it gets alone, in low precision too.
+    """
+    tiles, rest = divmod(len(sequence), TILE)
+    whole = len(sequence) - rest
+    return (*sequence[:whole], *(token + (tiles + 1) * MARK for token in sequence[whole:]))
+
+
 def _packed(tries: Sequence[_Trie]) -> Pack:
     ids: list[int] = []
     depths: list[int] = []
@@ -90,7 +103,7 @@ def _packed(tries: Sequence[_Trie]) -> Pack:
     reads: list[Read] = []
     for trie in tries:
         start = len(ids)
-        ids += trie.ids
+        ids += (token % MARK for token in trie.ids)
         depths += trie.depths
         sequences += [[start + i for i in path] for path in trie.sequences]
         for (context, continuation), path in trie.requests:
