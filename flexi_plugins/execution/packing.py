@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from flexi_plugins.execution.branches import TILE
+from flexi_plugins.execution.branches import STEP, TILE
 from flexi_plugins.execution.readout import Batch, Read
 from flexi_plugins.hookspecs import Tokens
 
@@ -88,12 +88,11 @@ def _tries(requests: Iterable[Request], budget: int) -> Iterator[_Trie]:
 def _marked(sequence: Tokens) -> Tokens:
     """Return tokens, those of the last, partial tile as others than those that do not end there.
 
-    Attention functions add up a partial tile in another order, so only sequences that end in the same tile share its
-    tokens: every sequence then gets what it gets alone, in low precision too.
+    Attention functions add up a partial tile in another order, so only sequences that end at the same step of it share
+    its tokens: every sequence then gets what it gets alone, in low precision too.
     """
-    tiles, rest = divmod(len(sequence), TILE)
-    whole = len(sequence) - rest
-    return (*sequence[:whole], *(token + (tiles + 1) * MARK for token in sequence[whole:]))
+    whole, end = len(sequence) // TILE * TILE, len(sequence) // STEP + 1
+    return (*sequence[:whole], *(token + end * MARK for token in sequence[whole:]))
 
 
 def _packed(tries: Sequence[_Trie]) -> Pack:
