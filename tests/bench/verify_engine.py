@@ -32,6 +32,7 @@ from flexi_plugins.evaluators.tasks import LmEval
 from flexi_plugins.execution.packing import Request
 from flexi_plugins.execution.sweep import Planned
 from flexi_plugins.files import write_text
+from flexi_plugins.modeling import FlexiConfig
 from flexi_plugins.progress import Progress
 from flexi_plugins.pruner import Calibration, Pruner
 
@@ -137,8 +138,11 @@ def _digest_of_code() -> str:
 
 
 def _digest_of_export(folder: Path) -> str:
-    """Return the digest of what stock runs: weights, configuration, and our model class, which some folders need."""
-    files = [*sorted(folder.glob("model*.safetensors")), folder / "config.json", Path(modeling.__file__)]
+    """Return the digest of what stock runs: weights, configuration, and our model class where the folder needs it."""
+    config = folder / "config.json"
+    files = [*sorted(folder.glob("model*.safetensors")), config]
+    if FlexiConfig.model_type == json.loads(config.read_text(encoding="utf-8"))["model_type"]:
+        files.append(Path(modeling.__file__))
     return digest([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
 
 
