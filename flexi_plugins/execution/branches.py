@@ -20,7 +20,6 @@ from flexi_plugins.modeling import resized_config
 
 TILE = 16  # tokens that an attention function adds up together: padding beyond the last one changes the order of sums
 STEP = 4  # and, rarely, so does padding within it, beyond so many tokens
-LONG = 192  # tokens of a sequence from which on any padding does
 
 
 @dataclass(frozen=True)
@@ -65,15 +64,11 @@ def chunks_of(sequences: Sequence[Sequence[int]], room: int) -> list[Chunk]:
 
     for sequence in sorted(sequences, key=len, reverse=True):
         longest = len(waiting[0]) if waiting else 0
-        if waiting and ((len(waiting) + 1) * longest > room or _end(len(sequence)) != _end(longest)):
+        if waiting and ((len(waiting) + 1) * longest > room or len(sequence) // STEP != longest // STEP):
             flush()
         waiting.append(sequence)
     flush()
     return chunks
-
-
-def _end(length: int) -> int:
-    return length if length >= LONG else length // STEP
 
 
 def branching(config: PreTrainedConfig, block_class: type[nn.Module]) -> PreTrainedConfig:
