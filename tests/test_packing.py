@@ -56,18 +56,26 @@ def test_every_read_sees_its_own_prefix_and_nothing_else(seed: int) -> None:
 
 
 def test_a_context_is_run_once_for_all_its_answers() -> None:
-    context = tuple(range(30))
-    one = pack([(context, (31, 32, 33)), (context, (34, 35)), (context, (36,))])
+    context = tuple(range(32))
+    one = pack([(context, (33, 34, 35)), (context, (36, 37)), (context, (38,))])
     assert len(one) == 1
-    assert one[0].batch.ids.numel() == 30 + 2 + 1
+    assert one[0].batch.ids.numel() == 32 + 2 + 1
     assert sorted(len(columns) for _, columns, _ in one[0].batch.reads) == [1, 2, 3]
     assert len({c[0] for _, c, _ in one[0].batch.reads}) == 1, "all answers begin at the last token of the context"
 
 
 def test_no_sequence_is_the_beginning_of_another() -> None:
-    one = pack([((1, 2), (3,)), ((1, 2, 3), (4,)), ((1, 2), (3, 4, 5)), ((1, 2, 7), (8,))])
-    assert sequences_of(one[0]) == [[1, 2, 3, 4], [1, 2, 7]]
-    assert one[0].batch.ids.tolist() == [[1, 2, 3, 4, 7]]
+    text = tuple(range(20))
+    one = pack([(text[:9], (1,)), (text[:10], (2,)), (text[:9], (9, 10, 3)), ((*text[:9], 30), (4,))])
+    assert sequences_of(one[0]) == [[*text[:11]], [*text[:9], 30]]
+    assert one[0].batch.ids.tolist() == [[*text[:11], 30]]
+
+
+def test_a_partial_tile_is_shared_by_what_ends_at_the_same_step_of_it() -> None:
+    text = tuple(range(40))
+    one = pack([(text[:length], (1,)) for length in (16, 17, 18, 20, 32, 33)])[0]
+    assert sorted(sequences_of(one)) == [[*text[:n]] for n in (18, 20, 33)]
+    assert one.batch.ids.numel() == 33 + 2 + 4, "whole tiles are shared, and the rest by 17 and 18 tokens"
 
 
 @pytest.mark.parametrize("budget", [40, 100, 1000])

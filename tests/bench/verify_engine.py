@@ -212,12 +212,16 @@ def compare_bfloat16(model: str, engine: Documents, expected: Documents, again: 
 
 
 def distances(model: str, reference: Documents, sides: Mapping[str, Documents]) -> Row:
-    """Return a row of how far each side is from other answers of stock: those that differ, and mean difference in nats."""
-    row: Row = {"model": model, "documents": len(reference)}
+    """Return a row of how far each side is from other answers of stock.
+
+    Documents with another answer; choices whose log-probability is the same (within ``LARGEST``); mean difference in nats.
+    """
+    row: Row = {"model": model, "documents": len(reference), "choices": sum(len(d["logprobs"]) for d in reference)}
     for metric in stock.METRICS:
         row |= {f"{metric}: {name}": len(stock.changed(side, reference)[metric]) for name, side in sides.items()}
     for name, side in sides.items():
-        row[f"nats: {name}"] = statistics.fmean(abs(a - b) for _, _, a, b in _choices(side, reference))
+        differences = [abs(a - b) for _, _, a, b in _choices(side, reference)]
+        row |= {f"same: {name}": sum(d <= LARGEST for d in differences), f"nats: {name}": statistics.fmean(differences)}
     return row
 
 
