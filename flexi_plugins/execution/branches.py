@@ -6,7 +6,7 @@ Everything else in a block is done token by token, so it runs once for a token t
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 
 from flexi_plugins.modeling import resized_config
-
 
 TILE = 16  # tokens that an attention function adds up together: padding beyond the last one changes the order of sums
 STEP = 4  # and, rarely, so does padding within it, beyond so many tokens
@@ -37,44 +36,45 @@ class Chunk:
 
     def to(self, device: torch.device) -> Chunk:
         """Return the chunk on a device."""
-        return replace(
-            self, tokens=self.tokens.to(device), own=self.own.to(device), places=self.places.to(device)
-        )
+        return replace(self, tokens=self.tokens.to(device), own=self.own.to(device), places=self.places.to(device))
 
 
 def chunks_of(sequences: Sequence[Sequence[int]], room: int) -> list[Chunk]:
-    """Put sequences (of indices of tokens) that end in the same step of a tile together, ``room`` tokens with padding, longest first."""
-    chunks: list[Chunk] = []
+    """Put sequences (of indices of tokens) that end in the same step of a tile together, the longest first.
+
+    room: the most tokens of a chunk, padding included, unless one sequence has more.
+    """
     placed: set[int] = set()
-    waiting: list[Sequence[int]] = []
+    return [_chunk(group, placed) for group in _alike(sorted(sequences, key=len, reverse=True), room)]
 
-    def flush() -> None:
-        longest = len(waiting[0])
-        tokens = torch.zeros(len(waiting), longest, dtype=torch.long)
-        own, places = [], []
-        for row, sequence in enumerate(waiting):
-            tokens[row, : len(sequence)] = torch.tensor(sequence)
-            for column, token in enumerate(sequence):
-                if token not in placed:
-                    own.append(row * longest + column)
-                    places.append(token)
-            placed.update(sequence)
-        chunks.append(Chunk(tokens, torch.tensor(own), torch.tensor(places)))
-        waiting.clear()
 
-    for sequence in sorted(sequences, key=len, reverse=True):
-        longest = len(waiting[0]) if waiting else 0
-        if waiting and ((len(waiting) + 1) * longest > room or len(sequence) // STEP != longest // STEP):
-            flush()
-        waiting.append(sequence)
-    flush()
-    return chunks
+def _alike(sequences: Sequence[Sequence[int]], room: int) -> Iterator[list[Sequence[int]]]:
+    group: list[Sequence[int]] = []
+    for sequence in sequences:
+        longest = len(group[0]) if group else 0
+        if group and ((len(group) + 1) * longest > room or len(sequence) // STEP != longest // STEP):
+            yield group
+            group = []
+        group.append(sequence)
+    yield group
+
+
+def _chunk(group: Sequence[Sequence[int]], placed: set[int]) -> Chunk:
+    """Return the chunk of a group, the longest first, and add its tokens to those that are placed."""
+    tokens = torch.zeros(len(group), len(group[0]), dtype=torch.long)
+    own = torch.zeros(tokens.shape, dtype=torch.bool)
+    for row, sequence in enumerate(group):
+        tokens[row, : len(sequence)] = torch.tensor(sequence)
+        own[row, : len(sequence)] = torch.tensor([token not in placed for token in sequence])
+        placed.update(sequence)
+    positions = own.flatten().nonzero()[:, 0]
+    return Chunk(tokens, positions, tokens.flatten()[positions])
 
 
 def branching(config: PreTrainedConfig, block_class: type[nn.Module]) -> PreTrainedConfig:
     """Return a copy of a configuration whose blocks take the chunks of a trie as ``branches``; without, they run as ever."""
     implementation = config._attn_implementation
-    eager = sys.modules[block_class.__module__].eager_attention_forward  # every model of transformers brings its own
+    eager = getattr(sys.modules[block_class.__module__], "eager_attention_forward", None)  # every model brings its own
     plain = AttentionInterface().get(implementation, eager)
     name = f"branches of {plain.__module__}.{plain.__qualname__}"
     AttentionInterface.register(name, partial(_attend, plain))
