@@ -6,8 +6,10 @@ import csv
 import io
 import json
 import math
+import tomllib
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -254,6 +256,16 @@ def test_the_picture_has_a_mark_for_each_finished_cell_and_names_for_all():
         assert f"<!-- {text} -->" in svg
     assert "share-lora" not in svg
     assert "dc:date" not in svg
+
+
+def test_no_two_methods_of_the_largest_recipe_look_alike():
+    recipe = Path(__file__).parents[1] / "baselines" / "recipes" / "smollm2-135m.toml"
+    study = tomllib.loads(recipe.read_text(encoding="utf-8"))
+    pairs = [*study["pairs"], *({"metric": m, "strategy": s} for m in study["metrics"] for s in study["strategies"])]
+    rows = [{k: v["name"] if isinstance(v, dict) else v for k, v in pair.items()} for pair in pairs]
+    for axis, choices in (("metric", pareto.COLOURS), ("strategy", pareto.MARKERS)):
+        look = pareto._assigned(rows, axis, choices)
+        assert len(set(look.values())) == len(look)
 
 
 def test_the_picture_leaves_global_settings_alone():
