@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # Okabe and Ito's colours, told apart by everybody; then, where there are more methods, the muted ones of Paul Tol
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#444444")
-COLOURS += ("#332288", "#DDCC77", "#882255", "#88CCEE", "#117733", "#AA4499", "#999933", "#44AA99")
+COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#444444"),
+    *("#332288", "#DDCC77", "#882255", "#88CCEE", "#117733", "#AA4499", "#999933", "#44AA99"),
+)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "8", "d")
 GREY = "#777777"
 STEPS = ((0.4, (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)), (1.5, (1, 2, 3, 5)), (3.0, (1, 3)), (math.inf, (1,)))
