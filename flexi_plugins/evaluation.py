@@ -16,6 +16,7 @@ from flexi_plugins.execution.likelihoods import AnswerJournal, likelihoods
 from flexi_plugins.execution.sweep import Planned, Sweeper
 from flexi_plugins.files import remove_leftovers
 from flexi_plugins.hookspecs import Candidate, EvaluationRequest, Outcome
+from flexi_plugins.machine import float_dtype
 from flexi_plugins.plugins import told
 from flexi_plugins.pruner import Pruner
 from flexi_plugins.store import write_traceback
@@ -85,8 +86,11 @@ class Measurer:
         pruner = self.pruner
         setting = [pruner.checkpoint.fingerprint(), str(pruner.dtype)]
 
-        def answer(requests: Sequence[Any], title: str) -> list[list[tuple[float, bool]]]:
-            found = likelihoods(self.sweeper, chosen, requests, self.journal, setting, pruner.progress.stage, title)
+        def answer(
+            requests: Sequence[Any], title: str, softmax_dtype: str = "float32"
+        ) -> list[list[tuple[float, bool]]]:
+            stage, rounding = pruner.progress.stage, float_dtype(softmax_dtype)
+            found = likelihoods(self.sweeper, chosen, requests, self.journal, setting, stage, title, rounding)
             self.lost |= {chosen[i].plan.hash: position for i, position in self.sweeper.broken.items()}
             return found
 

@@ -459,6 +459,19 @@ class Candidate:
 Tokens = tuple[int, ...]
 
 
+class Likelihoods(Protocol):
+    """Answers (context, continuation) pairs of token ids for every candidate."""
+
+    def __call__(
+        self, requests: Sequence[tuple[Tokens, Tokens]], title: str, softmax_dtype: str = "float32"
+    ) -> list[list[tuple[float, bool]]]:
+        """Return the summed log-probability of each continuation, and whether it is the greedy one.
+
+        softmax_dtype: what the log-probability of every token is rounded to before they are added up, as lm-eval's HFLM
+        does by its option of that name; it is computed in float32 in any case.
+        """
+
+
 @dataclass(frozen=True)
 class EvaluationRequest:
     """What an evaluator is handed.
@@ -473,7 +486,7 @@ class EvaluationRequest:
 
     candidates: tuple[Candidate, ...]
     tokenizer: Any
-    likelihoods: Callable[[Sequence[tuple[Tokens, Tokens]], str], list[list[tuple[float, bool]]]]
+    likelihoods: Likelihoods
     model: Callable[[int], Any]
     folder: Callable[[int], Path]
     progress: Callable[..., Any]

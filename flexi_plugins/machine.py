@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,15 @@ DTYPES = ("float32", "bfloat16", "float16")
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 FREE_SHARE = 0.7  # of what is free, taken where no limit is given
 LIMIT_SHARE = 0.92  # of a limit, the rest is left to what allocators waste
+
+
+def float_dtype(name: str, known: Sequence[str] = DTYPES) -> torch.dtype:
+    """Return torch's dtype of a name, or raise: ``known`` are the names that the error lists."""
+    import torch
+
+    if name not in DTYPES:
+        raise FlexiError(unknown("dtype", name, known))
+    return getattr(torch, name)
 
 
 @dataclass(frozen=True)
@@ -48,9 +58,7 @@ class Machine:
         import torch
 
         if name != "auto":
-            if name not in DTYPES:
-                raise FlexiError(unknown("dtype", name, ["auto", *DTYPES]))
-            return getattr(torch, name)
+            return float_dtype(name, ["auto", *DTYPES])
         if self.torch_device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         else:  # no public query exists

@@ -25,7 +25,7 @@ from flexi_plugins.evaluators.outcomes import SEVEN, documents_of, measurements
 from flexi_plugins.evaluators.perplexity import Perplexity
 from flexi_plugins.evaluators.quiet import quiet
 from flexi_plugins.evaluators.tasks import LmEval
-from flexi_plugins.hookspecs import Candidate, EvaluationRequest
+from flexi_plugins.hookspecs import Candidate, EvaluationRequest, Likelihoods
 from flexi_plugins.plugins import Plugins
 
 DATA = os.environ.get("FLEXI_DATA")
@@ -73,9 +73,6 @@ def models(tokenizer: Any) -> list[Any]:
     return made
 
 
-Likelihoods = Callable[[Sequence[Any], str], list[list[tuple[float, bool]]]]
-
-
 @torch.no_grad()
 def answer(model: Any, context: Sequence[int], continuation: Sequence[int]) -> tuple[float, bool]:
     """Ask a model for one continuation, in the plainest way."""
@@ -111,7 +108,7 @@ def request_for(
 ) -> EvaluationRequest:
     """Return a request whose answers come from transformers itself."""
 
-    def ask(pairs: Sequence[Any], title: str) -> list[list[tuple[float, bool]]]:
+    def ask(pairs: Sequence[Any], title: str, softmax_dtype: str = "float32") -> list[list[tuple[float, bool]]]:
         assert all(context and continuation for context, continuation in pairs)
         assert len(set(pairs)) == len(pairs)
         return [[answer(model, *pair) for pair in pairs] for model in models]
@@ -282,7 +279,7 @@ def test_what_is_to_be_generated_is_left_to_the_model(tokenizer: Any, models: li
 
 
 def test_a_candidate_that_broke_down_fails_alone(tokenizer: Any, models: list[Any]):
-    def ask(pairs: Sequence[Any], title: str) -> list[list[tuple[float, bool]]]:
+    def ask(pairs: Sequence[Any], title: str, softmax_dtype: str = "float32") -> list[list[tuple[float, bool]]]:
         return [[(-1.0 - i % 4, False) for i in range(len(pairs))], [(math.nan, False)] * len(pairs)]
 
     for evaluator in (LmEval(limit=LIMIT), Perplexity(window=16, tokens=64)):
@@ -291,6 +288,20 @@ def test_a_candidate_that_broke_down_fails_alone(tokenizer: Any, models: list[An
         assert good.failure is None
         assert not bad.measurements
         assert "'model 1'" in str(bad.failure)
+
+
+def test_log_probabilities_are_asked_for_in_the_softmax_s_dtype(tokenizer: Any, models: list[Any]):
+    asked = []
+
+    def ask(pairs: Sequence[Any], title: str, softmax_dtype: str = "float32") -> list[list[tuple[float, bool]]]:
+        asked.append(softmax_dtype)
+        return [[(-1.0 - i % 4, False) for i in range(len(pairs))]]
+
+    for evaluator in (LmEval(limit=LIMIT), LmEval(limit=LIMIT, softmax_dtype="bfloat16")):
+        list(evaluator.evaluate(request_for(tokenizer, models[:1], likelihoods=ask)))
+    assert asked == ["float32", "bfloat16"]
+    with pytest.raises(FlexiError, match="float8"):
+        LmEval(softmax_dtype="float8").check()
 
 
 def test_lm_eval_is_left_as_it_was_found():
@@ -342,7 +353,7 @@ def test_perplexity_is_exp_of_the_mean_loss_of_transformers(tokenizer: Any, mode
 
 
 def test_a_loss_too_large_for_a_float_is_a_failure(tokenizer: Any, models: list[Any]):
-    def ask(pairs: Sequence[Any], title: str) -> list[list[tuple[float, bool]]]:
+    def ask(pairs: Sequence[Any], title: str, softmax_dtype: str = "float32") -> list[list[tuple[float, bool]]]:
         return [[(-1e6, False)] * len(pairs)]
 
     (outcome,) = Perplexity(window=16, tokens=64).evaluate(request_for(tokenizer, models[:1], likelihoods=ask))

@@ -282,10 +282,10 @@ def small_groups(monkeypatch):
     monkeypatch.setattr("flexi_plugins.execution.likelihoods.BATCH_TOKENS", 40)
 
 
-def answer(planned, requests, journal, checkpoint=None, setting="s", progress=None):
+def answer(planned, requests, journal, checkpoint=None, setting="s", progress=None, **more):
     checkpoint = checkpoint or opened(tiny())
     progress = progress or Progress()
-    return likelihoods(Sweeper(Blocks(checkpoint)), planned, requests, journal, setting, progress, "answering")
+    return likelihoods(Sweeper(Blocks(checkpoint)), planned, requests, journal, setting, progress, "answering", **more)
 
 
 def test_likelihoods_are_those_of_the_exported_model(small_groups):
@@ -302,6 +302,21 @@ def test_likelihoods_are_those_of_the_exported_model(small_groups):
             expected = float(rows.gather(1, torch.tensor(continuation)[:, None]).sum())
             assert score == pytest.approx(expected, rel=1e-5, abs=1e-5)
             assert greedy == (rows.argmax(-1).tolist() == list(continuation))
+
+
+def test_rounded_likelihoods_are_those_of_a_softmax_in_bfloat16(small_groups):
+    """As lm-eval's HFLM has it: log-probabilities in the dtype of the model, the targets' added up in it."""
+    model = tiny()
+    requests, journal = some_requests(), Journal()
+    planned = [Planned(PruningPlan.identity(opened(model).shape))]
+    (found,) = answer(planned, requests, journal, opened(model), rounding=torch.bfloat16)
+    for (context, continuation), (score, _greedy) in zip(requests, found, strict=True):
+        every = logits(model, torch.tensor([[*context, *continuation]]))[0].log_softmax(-1).bfloat16()
+        rows = every[len(context) - 1 : -1]
+        assert score == float(rows.gather(1, torch.tensor(continuation)[:, None]).sum())
+    (exact,) = answer(planned, requests, journal, opened(model))
+    assert exact != found, "what is rounded is not taken from the journal for what is not"
+    assert [greedy for _, greedy in exact] == [greedy for _, greedy in found]
 
 
 def test_a_killed_sweep_goes_on_where_it_was(small_groups, monkeypatch):

@@ -95,7 +95,7 @@ def test_the_command_ends_with_status_1_and_says_which_choice_broke_a_bound(
         def __init__(self, asked: Any, scratch: Path) -> None:
             assert asked.limit == 3
 
-        def by_engine(self, dtype: str) -> dict[Any, Any]:
+        def by_engine(self, dtype: str, softmax: str) -> dict[Any, Any]:
             return {cell: FAR if "share" in cell.strategy else STOCK for cell in bench.CELLS}
 
         def by_stock(self, dtype: str, batch_size: int, softmax: str | None) -> dict[Any, Any]:

@@ -16,23 +16,30 @@ from flexi_plugins.evaluators import docs_cloze, harness
 from flexi_plugins.evaluators.outcomes import documents_of, measurements
 from flexi_plugins.evaluators.quiet import quiet
 from flexi_plugins.hookspecs import Corpus, EvaluationRequest, Outcome, hookimpl
+from flexi_plugins.machine import float_dtype
 
 BOOTSTRAP = 1000  # resamples for the standard errors that have no formula
 
 
 @dataclass(frozen=True)
 class LmEval:
-    """Tasks of lm-eval by name; ``limit`` takes the first documents only, ``num_fewshot`` replaces a task's default."""
+    """Tasks of lm-eval by name; ``limit`` takes the first documents only, ``num_fewshot`` replaces a task's default.
+
+    softmax_dtype: HFLM's option. HFLM's own default is the model's dtype: in bfloat16 it rounds the log-probability of
+    every token to 8 bits, which decides the answer to one document in a hundred. "bfloat16" rounds as it does.
+    """
 
     name: ClassVar[str] = "lm-eval"
 
     tasks: tuple[str, ...] = (docs_cloze.NAME,)
     limit: int | None = None
     num_fewshot: int | None = None
+    softmax_dtype: str = "float32"
 
     def check(self) -> None:
         """Raise for no tasks, no documents, or tasks that lm-eval does not know."""
         self._check_counts()
+        float_dtype(self.softmax_dtype)
         if problems := harness.check_tasks(self.tasks):
             raise FlexiError("; ".join(problems))
 
@@ -52,7 +59,7 @@ class LmEval:
         with request.progress(f"tokenising {title}", len(suite.instances)) as advance:
             questions = replay.collect(suite.instances, request.tokenizer, request.max_length, advance)
         pairs = questions.pairs
-        answers = request.likelihoods(pairs, title) if pairs else [[] for _ in request.candidates]
+        answers = request.likelihoods(pairs, title, self.softmax_dtype) if pairs else [[] for _ in request.candidates]
         outcomes = []
         with quiet(), request.progress(f"scoring {title}", len(answers)) as advance:
             for i, known in enumerate(answers):

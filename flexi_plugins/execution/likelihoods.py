@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
+
+import torch
 
 from flexi_plugins.data import digest
 from flexi_plugins.execution.packing import BATCH_TOKENS, Request, pack
@@ -40,22 +43,23 @@ def likelihoods(
     setting: Any,
     progress: Callable[..., Any],
     title: str,
+    rounding: torch.dtype = torch.float32,
 ) -> list[list[Answer]]:
     """Return for every plan, for every request, the summed log-probability of its continuation and whether it is greedy.
 
     ``setting`` is whatever else an answer depends on (model fingerprint, dtype), as JSON. Batches that the journal knows
-    are not run again.
+    are not run again. rounding: of the log-probability of each token, see ``Batch``.
     """
     if any(not context or not continuation for context, continuation in requests):
         raise ValueError("likelihoods: a request needs at least one token of context and one of continuation")
     packs = pack(requests, BATCH_TOKENS)
-    keys = [digest([setting, p.requests]) for p in packs]
+    keys = [digest([setting, str(rounding), p.requests]) for p in packs]
     hashes = [p.plan.hash for p in planned]
     known: dict[tuple[int, int], Sequence[Any] | None] = {
         (g, p): journal.get(hashes[p], keys[g]) for g in range(len(packs)) for p in range(len(planned))
     }
     answers: list[dict[Request, Answer]] = [{} for _ in planned]
-    batches = [p.batch for p in packs]
+    batches = [replace(p.batch, rounding=rounding) for p in packs]
 
     def wanted(g: int, p: int) -> bool:
         return known[g, p] is None

@@ -27,12 +27,14 @@ class Batch:
     A read is (row, columns, targets): the log-probabilities of ``targets``, each given what stands before it.
     A packed batch is one row that holds a trie of tokens: positions (1, tokens) are their depths, and each of the
     sequences is the indices of its tokens; without positions every row is one sequence.
+    rounding: what log-probabilities, computed in float32, are rounded to before they are added up.
     """
 
     ids: Tensor
     reads: Sequence[Read] = ()
     positions: Tensor | None = None
     sequences: Sequence[Sequence[int]] = ()
+    rounding: torch.dtype = torch.float32
 
     @cached_property
     def places(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -61,7 +63,7 @@ def read_out(
         found = _scored(logits, (place[inside] - start).to(logits.device), targets[inside].to(logits.device))
         scores[inside], greedy[inside] = (x.cpu() for x in found)
     lengths = [len(targets) for _, _, targets in batch.reads]
-    sums = [float(s.sum()) for s in scores.split(lengths)]
+    sums = [float(s.sum()) for s in scores.to(batch.rounding).split(lengths)]
     return list(zip(sums, (bool(g.all()) for g in greedy.split(lengths)), strict=True))
 
 

@@ -41,7 +41,9 @@ class StubRequest:
             max_length=self.pruner.checkpoint.config.max_position_embeddings,
         )
 
-    def _likelihoods(self, requests: Sequence[tuple[Tokens, Tokens]], title: str) -> list[list[tuple[float, bool]]]:
+    def _likelihoods(
+        self, requests: Sequence[tuple[Tokens, Tokens]], title: str, softmax_dtype: str = "float32"
+    ) -> list[list[tuple[float, bool]]]:
         self.asked = True
         bad = next((r for r in requests if not r[0] or not r[1]), None)
         expect(

@@ -140,14 +140,15 @@ class Swept:
 PARTS = {"loading tasks": "tasks", "tokenising": "tokenising", "lm-eval:": "sweep", "scoring": "judging"}
 
 
-def measure(pruner: Pruner, planned: Mapping[str, Planned], limit: int) -> Swept:
+def measure(pruner: Pruner, planned: Mapping[str, Planned], limit: int, softmax_dtype: str = "float32") -> Swept:
     """Measure plans by label on the seven tasks, as a study does, with nothing known beforehand.
 
     seconds: ``tasks`` (data, requests), ``tokenising``, ``sweep`` and ``judging``.
     """
     stages = pruner.progress = Stages(pruner.progress.console.quiet)
     candidates = [Candidate(label, p.plan) for label, p in planned.items()]
-    asked = Measure.model_validate({"evaluator": "lm-eval", "tasks": TASKS, "limit": limit})
+    options = {"tasks": TASKS, "limit": limit, "softmax_dtype": softmax_dtype}
+    asked = Measure.model_validate({"evaluator": "lm-eval", **options})
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         with Measurer(pruner, Journal(folder), folder, list(planned.values())) as measurer:

@@ -2,8 +2,9 @@
 
 For the dense model and one plan of every strategy, on the seven tasks. float32: summed log-probabilities within 1e-3 and
 the same accuracies. bfloat16: no more changed answers than stock has against itself at another batch size, plus one in a
-hundred documents; and how far from the answers in float32 both sides are. What was answered is kept under
-runs/bench/verify: a call that was stopped goes on where it was.
+hundred documents, with both softmaxes in bfloat16 (stock's default) and both in float32 (the engine's); and how far from
+the answers in float32 both sides are. What was answered is kept under runs/bench/verify: a call that was stopped goes on
+where it was.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ BATCHES = {"float32": (4,), "bfloat16": (16, 4)}  # of stock; the first is what 
 # torch's float32 log_softmax on a CPU is some 1e-5 a token too high (4.5e-4 over 49 tokens, measured), so in float32 stock
 # is asked for an exact softmax of its logits by HFLM's own option. In bfloat16 it runs as it is.
 SOFTMAX = {"float32": "float64", "bfloat16": None}
-EXACTER = "float32"  # stock's softmax in bfloat16, to show what its own rounding of log-probabilities is worth
+EXACTER = (
+    "float32"  # the engine's own softmax in bfloat16, and stock's by option: without it stock rounds log-probabilities
+)
 TOKENS_PER_SECOND = {"float32": 370, "bfloat16": 800}  # of stock on two server cores, for the estimate beforehand
 RUNS = Path(__file__).parents[2] / "runs" / "bench" / "verify"
 
@@ -78,13 +81,13 @@ class Answers:
         key = digest([self.planned[cell].plan.hash, dtype, side, *self.setting, *depends])
         return self.folder / "answers" / f"{cell.label}-{dtype}-{side}-{key[:12]}.json"
 
-    def by_engine(self, dtype: str) -> dict[Cell, Documents]:
+    def by_engine(self, dtype: str, softmax: str) -> dict[Cell, Documents]:
         """Return what the engine answers for every model; those that this code did not answer yet in one sweep."""
-        files = {cell: self._file(cell, dtype, "engine", _digest_of_code()) for cell in CELLS}
+        files = {cell: self._file(cell, dtype, "engine", softmax, _digest_of_code()) for cell in CELLS}
         missing = {cell.label: cell for cell, file in files.items() if not file.is_file()}
         if missing:
             plans: dict[str, Planned] = {label: self.planned[cell] for label, cell in missing.items()}
-            for label, documents in measure(self._pruner(dtype), plans, self.asked.limit).documents.items():
+            for label, documents in measure(self._pruner(dtype), plans, self.asked.limit, softmax).documents.items():
                 _write(files[missing[label]], documents)
         return {cell: _read(file) for cell, file in files.items()}
 
@@ -249,7 +252,7 @@ def _names(places: Sequence[tuple[str, int]]) -> str:
 
 def verify(answers: Answers, dtypes: Sequence[str]) -> tuple[dict[str, list[Row]], list[str]]:
     """Return the rows of the tables by dtype, and everything that is wrong."""
-    engine = {dtype: answers.by_engine(dtype) for dtype in dtypes}
+    engine = {dtype: answers.by_engine(dtype, dtype) for dtype in dtypes}
     plain = {dtype: [answers.by_stock(dtype, size, SOFTMAX[dtype]) for size in BATCHES[dtype]] for dtype in dtypes}
     compare: dict[str, Callable[..., tuple[Row, list[str]]]]
     compare = {"float32": compare_float32, "bfloat16": compare_bfloat16}
@@ -260,14 +263,19 @@ def verify(answers: Answers, dtypes: Sequence[str]) -> tuple[dict[str, list[Row]
             row, wrong = compare[dtype](cell.label, engine[dtype][cell], *(found[cell] for found in plain[dtype]))
             rows[dtype].append(row)
             problems += wrong
-    if len(dtypes) == len(BATCHES):
-        exacter = answers.by_stock("bfloat16", BATCHES["bfloat16"][0], EXACTER)
-        named = f"stock, {EXACTER} softmax"
-        for name, reference in (("distances", plain["float32"][0]), ("softmax", exacter)):
-            sides = {"engine": engine["bfloat16"], "stock": plain["bfloat16"][0], named: exacter}
+    if "bfloat16" in dtypes:
+        ours = answers.by_engine("bfloat16", EXACTER)
+        theirs = answers.by_stock("bfloat16", BATCHES["bfloat16"][0], EXACTER)
+        for cell, row in zip(CELLS, rows["bfloat16"], strict=True):
+            found = stock.changed(ours[cell], plain["bfloat16"][0][cell])
+            row |= {f"{metric}: engine, {EXACTER} softmax": len(places) for metric, places in found.items()}
+            problems += compare_bfloat16(f"{cell.label}, {EXACTER} softmax,", ours[cell], theirs[cell], theirs[cell])[1]
+        references = {"softmax": theirs} | ({"distances": plain["float32"][0]} if "float32" in dtypes else {})
+        named = {"engine": ours, "stock": plain["bfloat16"][0], f"stock, {EXACTER} softmax": theirs}
+        for name, reference in references.items():
+            sides = {n: side for n, side in named.items() if side is not reference}
             rows[name] = [
-                distances(cell.label, reference[cell], {n: s[cell] for n, s in sides.items() if s is not reference})
-                for cell in CELLS
+                distances(cell.label, reference[cell], {n: side[cell] for n, side in sides.items()}) for cell in CELLS
             ]
     return rows, problems
 
@@ -278,10 +286,10 @@ def text_of(rows: Mapping[str, Sequence[Row]], problems: Sequence[str], limit: i
     versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items())
     heads = {
         "float32": "float32: summed log-probability of every choice, in nats",
-        "bfloat16": f"bfloat16: documents with another answer than stock at batch size {BATCHES['bfloat16'][0]}; stock "
-        f"itself at batch size {BATCHES['bfloat16'][1]}",
+        "bfloat16": f"bfloat16: documents with another answer than stock at batch size {BATCHES['bfloat16'][0]}, both "
+        f"softmaxes in bfloat16; stock itself at batch size {BATCHES['bfloat16'][1]}",
+        "softmax": "bfloat16: documents with another answer where stock's softmax is in float32, as the engine's is",
         "distances": "bfloat16: documents with another answer than stock in float32, and the mean difference",
-        "softmax": "bfloat16: documents with another answer where stock's softmax is in float32, by HFLM's option",
     }
     return "\n\n".join(
         [
