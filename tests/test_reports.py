@@ -288,6 +288,18 @@ def test_the_perplexity_axis_has_readable_ticks(values):
     assert 1 <= sum(low <= t <= high for t in axes.get_yticks()) <= 14
 
 
+@pytest.mark.parametrize(("values", "beyond"), [((30.0, 2900.0), 0), ((30.0, 3100.0, 1e9), 2)])
+def test_models_that_broke_down_stand_on_the_edge_of_the_scale_and_the_picture_says_so(values, beyond):
+    points = [{**ranked_row(v), "x": 1.0 + i, "y": v} for i, v in enumerate(values)]
+    figure = pareto._figure(points, PERPLEXITY, "demo")
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    assert axes.get_ylim()[1] < 10_000
+    assert [text.get_text() for text in axes.texts] == ([f"above 3,000: {beyond} of the models"] if beyond else [])
+    marks = [float(y) for collection in axes.collections for _, y in collection.get_offsets()]
+    assert sorted(marks) == [min(v, 3000.0) for v in values]
+
+
 def ranked_row(value):
     return store.rows([record("come", "remove-blocks", perplexity=value)]).iloc[0].to_dict()
 

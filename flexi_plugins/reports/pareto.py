@@ -23,6 +23,7 @@ COLOURS = (
 )
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "8", "d")
 GREY = "#777777"
+SCALE = 100.0  # times the best perplexity: models that broke down, beyond it, do not squeeze the others together
 STEPS = ((0.4, (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)), (1.5, (1, 2, 3, 5)), (3.0, (1, 3)), (math.inf, (1,)))
 
 
@@ -71,10 +72,17 @@ def _figure(points: Sequence[Row], quality: str, title: str) -> Any:
     if not points:
         axes.text(0.5, 0.5, "no finished cell with a perplexity yet", ha="center", transform=axes.transAxes, color=GREY)
         return figure
-    _draw_axes(axes, points, quality)
-    _draw_frontier(axes, points, quality)
-    _draw_points(axes, points)
+    shown = _on_scale(points, quality)
+    _draw_axes(axes, shown, quality)
+    _draw_frontier(axes, [p for p in shown if not p["beyond"]], quality)
+    _draw_points(axes, shown)
     return figure
+
+
+def _on_scale(points: Sequence[Row], quality: str) -> list[Row]:
+    """Return the points, with perplexities ``beyond`` the scale put on its edge."""
+    edge = SCALE * min(p["y"] for p in points) if _low(quality) else math.inf
+    return [{**p, "y": min(p["y"], edge), "beyond": p["y"] > edge} for p in points]
 
 
 def _draw_axes(axes: Any, points: Sequence[Row], quality: str) -> None:
@@ -85,6 +93,7 @@ def _draw_axes(axes: Any, points: Sequence[Row], quality: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     if _low(quality):
         _draw_logarithmic(axes, [p["y"] for p in points])
+        _draw_edge(axes, [p["y"] for p in points if p["beyond"]])
 
 
 def _draw_logarithmic(axes: Any, values: Sequence[float]) -> None:
@@ -96,6 +105,15 @@ def _draw_logarithmic(axes: Any, values: Sequence[float]) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=steps))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+
+
+def _draw_edge(axes: Any, beyond: Sequence[float]) -> None:
+    """Say of the points on the edge of the scale that they belong above it."""
+    if beyond:
+        edge = beyond[0]
+        axes.axhline(edge, color=GREY, linewidth=0.8, linestyle=":", zorder=0)
+        text = f"above {edge:,.4g}: {len(beyond)} of the models"
+        axes.annotate(text, (0.01, edge), (0, 7), ("axes fraction", "data"), "offset points", fontsize=9, color=GREY)
 
 
 def _draw_frontier(axes: Any, points: Sequence[Row], quality: str) -> None:
