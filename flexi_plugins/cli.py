@@ -457,7 +457,7 @@ def check(
     else:
         from flexi_plugins.testing.conformance import check_all
 
-        problems += check_all(plugins)
+        problems += check_all(plugins, _progress())
     if as_json:
         print_json({"problems": problems})
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import types
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,6 +32,7 @@ from flexi_plugins.hookspecs import (
 from flexi_plugins.metrics.come import CoMe, Sensitivity
 from flexi_plugins.metrics.flexigpt import BlockInfluence
 from flexi_plugins.plugins import BUILT_IN, KINDS, Plugins
+from flexi_plugins.progress import Advance, Progress
 from flexi_plugins.recovery.none import NoRecovery
 from flexi_plugins.reports.table import Csv, Markdown
 from flexi_plugins.strategies.remove_blocks import RemoveBlocks
@@ -607,6 +609,19 @@ def test_an_excused_check_is_left_out_and_an_unknown_excuse_is_a_problem(plugins
     assert "'dead-unit-scores-low'; there is" in str(problems[0])
 
 
+class Steps(Progress):
+    """Progress that notes what it is told."""
+
+    def __init__(self, told: list[str]) -> None:
+        super().__init__(quiet=True)
+        self.told = told
+
+    @contextmanager
+    def stage(self, title: str, total: int | None = None) -> Iterator[Advance]:
+        self.told.append(title)
+        yield lambda n=1, note="": self.told.append(note)
+
+
 def test_check_all_returns_one_line_a_problem_and_goes_on() -> None:
     small = Plugins.load(("flexi_plugins.families.llama", "flexi_plugins.metrics.come"))
     assert check_all(small) == []
@@ -618,7 +633,10 @@ def test_check_all_returns_one_line_a_problem_and_goes_on() -> None:
     module = types.ModuleType("broken")
     vars(module)["importance_metrics"] = hookimpl(specname="importance_metrics")(lambda: [Named()])
     small.add(module)
-    [problem] = check_all(small)
+    steps: list[str] = []
+    [problem] = check_all(small, Steps(steps))
+    assert steps[:3] == ["checking 4 plugins on tiny models", "metric come", "metric named"]
+    assert len(steps) == 5, "CoMe's file has two statistics as well"
     assert problem.startswith("metric 'named' (broken unknown): gives-what-it-declares: gives says")
     assert "\n" not in problem
 

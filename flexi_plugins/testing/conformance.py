@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from flexi_plugins.errors import FlexiError
-from flexi_plugins.plugins import KINDS, Plugins, told
+from flexi_plugins.plugins import KINDS, Entry, Plugins, told
+from flexi_plugins.progress import Progress
 from flexi_plugins.testing import (
     corpus_checks,
     evaluator_checks,
@@ -89,21 +90,24 @@ def contributed(plugins: Plugins, plugin: Any) -> Iterator[tuple[str, Any]]:
                     yield kind, value
 
 
-def check_all(plugins: Plugins) -> list[str]:
+def check_all(plugins: Plugins, progress: Progress | None = None) -> list[str]:
     """Run every check on every object in the catalogue; return problems, a line each."""
     problems: list[str] = []
+    entries: list[tuple[str, Entry]] = []
     for kind in KINDS:
         try:
-            entries = plugins.entries(kind)
+            entries += ((kind, entry) for entry in plugins.entries(kind).values())
         except FlexiError as error:  # two of one name
             problems.append(str(error))
-            continue
-        for entry in entries.values():
+    progress = progress or Progress(quiet=True)
+    with progress.stage(f"checking {len(entries)} plugins on tiny models", len(entries)) as advance:
+        for kind, entry in entries:
             where = f"{kind} {entry.object.name!r} ({entry.distribution} {entry.version})"
             for name, run in checks_for(kind, entry.object, plugins):
                 problem = problem_of(run)
                 if problem:
                     problems.append(f"{where}: {name.removeprefix(f'{kind}-{entry.object.name}-')}: {problem}")
+            advance(1, f"{kind} {entry.object.name}")
     return problems
 
 
