@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -35,6 +36,16 @@ def smallest(count: int, make: Callable[[int], PruningPlan], budget: Budget, who
     raise OutOfReach(
         f"{who}: ratio {budget.ratio:g} is out of reach on this model; it reaches ratios up to {reach:.4f}"
     )
+
+
+def least_loss(losses: Sequence[float], what: str) -> int:
+    """Return the index of the lowest loss, the first of equal ones; raise if with all of ``what`` the model breaks down."""
+    if not any(math.isfinite(loss) for loss in losses):
+        raise FlexiError(
+            f"{what} leaves a model that breaks down: none of {len(losses)} losses is finite; compute in float32 (--dtype "
+            "float32), calibrate on other text, or choose by another option"
+        )
+    return min(range(len(losses)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
 
 
 def lowest(scores: Tensor, count: int, allowed: Sequence[int]) -> list[int]:

@@ -285,7 +285,8 @@ class BlockRecipe:
     """What one block of the new model is made of.
 
     parts: taken in order and concatenated; or mix: weighted sum of whole blocks. norms: the weights of norms, q/k norms
-    and output biases (default: the first part's block, or the mix). shares: source of a whole, unshared block of the
+    and output biases (default: the first part's block, or the mix); biases: of q/k norms and output biases, where they
+    are other ones. shares: source of a whole, unshared block of the
     same plan with whose linear maps this one runs; it keeps the norms and biases of its part, has adapters of ``rank``,
     and with ``output_norm`` normalises both sub-layers' outputs. gain: factor on the residual that enters it. own: tensors
     that are new, attached to the plan instead of read (a compensating bias, a merged or trained map): ``ROLE.weight``,
@@ -295,6 +296,7 @@ class BlockRecipe:
     parts: tuple[Part, ...] = ()
     mix: Weighted = ()
     norms: Weighted = ()
+    biases: Weighted = ()
     shares: int | None = None
     rank: int = 0
     output_norm: bool = False
@@ -308,13 +310,19 @@ class BlockRecipe:
 
     @property
     def norm_weights(self) -> Weighted:
-        """Coefficients of norms and output biases, with the default written out."""
+        """Coefficients of norms, with the default written out."""
         return self.norms or self.mix or ((self.parts[0].source, 1.0),)
+
+    @property
+    def bias_weights(self) -> Weighted:
+        """Coefficients of q/k norms and output biases, with the default written out."""
+        return self.biases or self.norm_weights
 
     @property
     def whole(self) -> int | None:
         """The old block that this one is, unchanged; None if it is anything else."""
-        untouched = self.norm_weights == ((self.sources[0], 1.0),) and self.gain == 1.0 and not self.own
+        untouched = self.norm_weights == self.bias_weights == ((self.sources[0], 1.0),)
+        untouched = untouched and self.gain == 1.0 and not self.own
         if self.shares is not None or self.mix or len(self.parts) != 1 or not untouched:
             return None
         return self.parts[0].source if self.parts[0] == Part(self.parts[0].source) else None
@@ -411,6 +419,7 @@ class PruningPlan:
     def _compose_block(self, position: int, recipe: BlockRecipe, carried: float) -> BlockRecipe:
         inner = [self.blocks[s] for s in recipe.sources]
         norms = _combine((c, self.blocks[s].norm_weights) for s, c in recipe.norm_weights)
+        biases = _combine((c, self.blocks[s].bias_weights) for s, c in recipe.bias_weights)
         gain = recipe.gain * carried * inner[0].gain
         if replace(recipe, gain=1.0, own=()).whole is not None:
             return replace(inner[0], gain=gain, own=tuple(sorted({*inner[0].own, *recipe.own})))
@@ -426,18 +435,20 @@ class PruningPlan:
             donor = self.blocks[recipe.shares].whole
             if donor is None or inner[0].whole is None:
                 raise FlexiError(f"compose: block {position} shares weights with a block that an earlier step changed")
-            return _canonical(replace(recipe, parts=inner[0].parts, norms=norms, shares=donor, gain=gain))
+            made = replace(recipe, parts=inner[0].parts, norms=norms, biases=biases, shares=donor, gain=gain)
+            return _canonical(made)
         changed = next((r for r in inner if r.shares is not None), None)
         if changed is not None:
             raise FlexiError(
                 f"compose: block {position} takes units of block {changed.sources[0]}, which shares its weights"
             )
         if recipe.mix:
-            return _canonical(replace(recipe, mix=self._compose_mix(position, recipe), norms=norms, gain=gain))
+            mix = self._compose_mix(position, recipe)
+            return _canonical(replace(recipe, mix=mix, norms=norms, biases=biases, gain=gain))
         if any(r.mix for r in inner):
             raise FlexiError(f"compose: block {position} takes units of a mix of blocks; only whole mixes compose")
         parts = tuple(p for part in recipe.parts for p in _select(self.shape, self.blocks[part.source].parts, part))
-        return _canonical(BlockRecipe(parts=parts, norms=norms, gain=gain, own=recipe.own))
+        return _canonical(BlockRecipe(parts=parts, norms=norms, biases=biases, gain=gain, own=recipe.own))
 
     def _compose_mix(self, position: int, recipe: BlockRecipe) -> Weighted:
         terms = []
@@ -605,12 +616,13 @@ class PruningPlan:
         if bool(recipe.parts) == bool(recipe.mix):
             raise FlexiError(f"{where}: expected parts or a mix, found {'both' if recipe.parts else 'neither'}")
         count = len(self.shape.blocks)
-        used = [*recipe.sources, *(s for s, _ in recipe.norms), *([] if recipe.shares is None else [recipe.shares])]
+        weighted = (*recipe.mix, *recipe.norms, *recipe.biases)
+        used = [*recipe.sources, *(s for s, _ in weighted), *([] if recipe.shares is None else [recipe.shares])]
         for source in used:
             if not 0 <= source < count:
                 raise FlexiError(f"{where}: source {source} is not one of the model's blocks 0..{count - 1}")
-        if any(not math.isfinite(c) for _, c in (*recipe.mix, *recipe.norms)):
-            raise FlexiError(f"{where}: coefficients must be finite, found {recipe.mix or recipe.norms}")
+        if any(not math.isfinite(c) for _, c in weighted):
+            raise FlexiError(f"{where}: coefficients must be finite, found {weighted}")
         kinds = {replace(self.shape.blocks[s], kv_heads=0, query_heads=0, channels=0) for s in recipe.sources}
         groups = {self.shape.blocks[s].group for s in recipe.sources if self.shape.blocks[s].kv_heads}
         if len(kinds) > 1 or len(groups) > 1:
@@ -680,7 +692,9 @@ def _count(indices: tuple[int, ...] | None, width: int) -> int:
 
 
 def _canonical(recipe: BlockRecipe) -> BlockRecipe:
-    """Leave out norms that are the default, so that equal blocks have equal recipes."""
+    """Leave out norms and biases that are the default, so that equal blocks have equal recipes."""
+    if recipe.biases == recipe.norm_weights:
+        recipe = replace(recipe, biases=())
     short = replace(recipe, norms=())
     return short if short.norm_weights == recipe.norms else recipe
 
@@ -759,8 +773,9 @@ def _recipe_from_json(value: Mapping[str, Any]) -> BlockRecipe:
 
     units = ("kv_heads", "channels", "query_heads")
     parts = tuple(Part(p["source"], *(indices(p, key) for key in units)) for p in value.get("parts", ()))
-    weighted: dict[str, Any] = {k: tuple((int(s), float(c)) for s, c in value.get(k, ())) for k in ("mix", "norms")}
-    rest: dict[str, Any] = {k: v for k, v in value.items() if k not in ("parts", "mix", "norms", "own")}
+    coefficients = ("mix", "norms", "biases")
+    weighted: dict[str, Any] = {k: tuple((int(s), float(c)) for s, c in value.get(k, ())) for k in coefficients}
+    rest: dict[str, Any] = {k: v for k, v in value.items() if k not in ("parts", "own", *coefficients)}
     return BlockRecipe(parts=parts, own=tuple(value.get("own", ())), **weighted, **rest)
 
 

@@ -123,15 +123,17 @@ def unit_rows(plan: PruningPlan, source: int, role: str, units: tuple[int, ...] 
 
 
 def _vector(plan: PruningPlan, recipe: BlockRecipe, name: str, checkpoint: Checkpoint) -> Tensor:
-    """Norms and output biases are weighted sums over ``norms``; biases of q, k, v, gate and up go with their units."""
+    """Norms and output biases are weighted sums of blocks'; biases of q, k, v, gate and up go with their units."""
 
     def read(source: int) -> Tensor:
         family = checkpoint.family
         return checkpoint.read(family.block_prefix(source) + family.vector(name))
 
     role = name.removesuffix(".bias")
-    if role == name or role in ("attention_output", "down"):
+    if name in ("attention_norm", "mlp_norm"):
         return _weighted(recipe.norm_weights, read)
+    if role == name or role in ("attention_output", "down"):
+        return _weighted(recipe.bias_weights, read)
     if recipe.mix:
         return _weighted(recipe.mix, read)
     return _concatenated(plan, recipe, role, read, 0)

@@ -300,6 +300,7 @@ def test_composition_is_associative():
         assert [r.parts for r in left.blocks] == [r.parts for r in right.blocks]
         for x, y in zip(left.blocks, right.blocks, strict=True):
             assert dict(x.norm_weights) == pytest.approx(dict(y.norm_weights))
+            assert dict(x.bias_weights) == pytest.approx(dict(y.bias_weights))
             assert x.gain == y.gain
 
 

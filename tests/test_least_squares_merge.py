@@ -47,9 +47,11 @@ def record(model: torch.nn.Module, ids: torch.Tensor, block: int) -> dict[str, n
     return seen
 
 
+@pytest.mark.parametrize("kind", ["llama-gqa-tied", "llama-bias"])
 @pytest.mark.parametrize("maps", ["down", "joint"])
-def test_the_new_maps_are_the_ridge_solution(maps):
-    own = pruner()
+def test_the_new_maps_are_the_ridge_solution(maps, kind):
+    """What the maps' biases add stays, and is not solved for."""
+    own = pruner(kind)
     strategy = LeastSquaresMerge(blocks=1, maps=maps, protect_first=3, protect_last=2)
     planned = own.make(KnownScores(), strategy, 0.0)
     assert [r.sources for r in planned.plan.blocks] == [(0,), (1,), (2,), (4,), (5,)]
@@ -62,6 +64,10 @@ def test_the_new_maps_are_the_ridge_solution(maps):
         x = np.concatenate([before["attention"], x], 1)
         old = np.concatenate([layer.self_attn.o_proj.weight.double().numpy(), old], 1)
         y = behind - before["input"]
+    for module in (layer.self_attn.o_proj, layer.mlp.down_proj) if maps == "joint" else (layer.mlp.down_proj,):
+        assert (module.bias is not None) == (kind == "llama-bias")
+        assert module.bias is None or float(module.bias.abs().max()) > 0
+        y = y if module.bias is None else y - module.bias.double().numpy()
     weight = strategy.ridge * np.mean(np.diag(x.T @ x))
     expected = np.linalg.solve(x.T @ x + weight * np.eye(x.shape[1]), x.T @ y + weight * old.T).T
     roles = ["down"] if maps == "down" else ["attention_output", "down"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from tiny import change, close, logits, opened, sharing, tiny, tokens
 
-from flexi_plugins.data import BlockRecipe, Part, PruningPlan, Scores
+from flexi_plugins.data import BlockRecipe, Part, PruningPlan, Scores, Statistics
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.execution.sweep import Planned
 from flexi_plugins.hookspecs import BlockTrace, LinearTrace
@@ -171,9 +172,13 @@ def test_a_pair_can_be_summed_or_lose_a_block_in_the_place_of_concatenation():
     block = build_model(plans["sum"], own.checkpoint).model.layers[position]
     gates = [own.checkpoint.block(i)["gate"] for i in (one, other)]
     assert close(block.mlp.gate_proj.weight, share * gates[0] + rest * gates[1])
-    assert sorted(r.whole for r in plans["drop"].blocks) == [r.whole for r in plans["drop"].blocks]
     gone = one if share < rest else other
-    assert gone not in [r.whole for r in own.plan(CoMe(), ConcatMerge(merge="drop", merges=1), 0.0).blocks]
+    dropped = own.plan(CoMe(), ConcatMerge(merge="drop", merges=1), 0.0)
+    kept = [i for i in range(6) if i != gone]
+    assert [r.sources for r in dropped.blocks] == [(i,) for i in kept]
+    removed = PruningPlan.keep(own.checkpoint.shape, kept)
+    one, other = (logits(build_model(plan, own.checkpoint), own.texts[0]) for plan in (dropped, removed))
+    assert torch.equal(one, other)
 
 
 def test_tiled_query_heads_are_those_of_the_released_code():
@@ -239,6 +244,48 @@ def test_with_rates_each_blocks_share_follows_its_spread():
     gone = [int((s < threshold).sum()) for s in scores]
     assert gone[0] == 20
     assert gone[1] == pytest.approx(40, abs=1)
+
+
+def test_with_rates_no_block_loses_its_lowest_unit_just_for_being_the_lowest():
+    metric = saap.Saap(fluctuation="rates")
+    few = metric.keep(torch.tensor([[1.0, 1.01, 1.02]]), torch.tensor(0.0))
+    many = metric.keep(torch.linspace(1.0, 3.0, 24)[None], torch.tensor(0.0))
+    assert float(few.min()) > float(many[3])
+
+
+def test_keep_scores_are_ranked_as_they_are():
+    """z(mean) - lambda z(fluctuation): standardised once more, each block's lambda would be another one."""
+    own = pruner()
+    assert all(
+        saap.Saap(fluctuation=reading).score(own.request(saap.Saap().needs)).rule == "undivided"
+        for reading in ("samples", "units", "rates")
+    )
+
+
+def test_one_sample_has_no_fluctuation():
+    own = pruner()
+    request = own.request(saap.Saap().needs)
+    name = saap.Taylor().name
+    single = {k: tuple(t[:1] for t in v) for k, v in request.statistics[name].items()}
+    request = replace(request, statistics=Statistics({name: single}))
+    with pytest.raises(
+        FlexiError, match="at least 2 gradient samples for what fluctuates over them, found 1; give more"
+    ):
+        saap.Saap().score(request)
+    assert saap.Saap(stability=0.0).score(request).mlp is not None
+
+
+def test_choices_by_loss_end_where_every_choice_breaks_the_model():
+    own = pruner()
+    request = own.request(CoMe().needs | ConcatMerge().needs)
+    request = replace(request, scores=CoMe().score(request), quality=lambda plans, *_: [math.inf] * len(plans))
+    for strategy in (ConcatMerge(ratio="search", merges=1), ConcatMerge(pairs="sleb", merges=1)):
+        with pytest.raises(
+            FlexiError, match=r"concat-merge: any .* leaves a model that breaks down: none of \d+ losses"
+        ):
+            strategy.plan(request)
+    with pytest.raises(FlexiError, match="greedy: any block that goes leaves a model that breaks down"):
+        Greedy().score(request)
 
 
 def test_the_units_reading_is_the_fused_score_within_its_block():

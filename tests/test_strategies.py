@@ -19,6 +19,7 @@ from flexi_plugins.execution.sweep import Planned
 from flexi_plugins.hookspecs import Budget, PruningRequest, TensorRequest
 from flexi_plugins.modeling import FlexiForCausalLM
 from flexi_plugins.pruner import Pruner, count_only
+from flexi_plugins.recovery.correspondence import correspondences
 from flexi_plugins.rewrite import with_digests
 from flexi_plugins.strategies import share_lora
 from flexi_plugins.strategies.concat_merge import ConcatMerge
@@ -107,6 +108,47 @@ def test_each_block_is_merged_once_unless_repeat(influence):
     again = ConcatMerge(repeat=True).plan(request)
     assert merged_pair(again) == (1, 2)
     assert first.compose(again).blocks[1].norm_weights == ((1, 0.5), (2, 0.25), (3, 0.25))
+
+
+def test_a_block_that_another_was_dropped_for_is_merged_already():
+    shape, strategy = shape_of(), ConcatMerge(merge="drop")
+    first = strategy.plan(request_of(shape, angles=[0, 5, 5, 1, 5, 5, 5, 5], influence=[1.0, 1, 1, 2, 1, 1, 1, 1]))
+    assert [r.sources for r in first.blocks] == [(0,), (1,), (3,), (4,), (5,), (6,), (7,)]
+    request = request_of(shape, plan=first, angles=[0, 5, 1, 2, 4, 3, 6])
+    assert merged_pair(strategy.plan(request)) == (4, 5)
+    assert merged_pair(replace(strategy, repeat=True).plan(request)) == (1, 2)
+    assert [(run.first, run.last) for run in correspondences(first)][2] == (2, 3)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama-biases", "llama"])
+def test_norms_of_queries_and_keys_and_output_biases_are_summed_by_the_shares(kind):
+    model = tiny(kind)
+    shape = opened(model).shape
+    for merge in ("concat", "sum"):
+        strategy = ConcatMerge(merge=merge)
+        plan = strategy.plan(request_of(shape, angles=[0, 9, 1, 9, 9, 9], influence=[1.0, 0.25, 0.75, 1.0, 1.0, 1.0]))
+        assert plan.blocks[1].biases == (() if kind == "llama" else ((1, 0.25), (2, 0.75)))
+        merged, pair = built(plan, model).model.layers[1], model.model.layers[1:3]
+        for name, tensor in merged.named_parameters():
+            one, other = (dict(block.named_parameters())[name] for block in pair)
+            if name.endswith(("q_norm.weight", "k_norm.weight", "o_proj.bias", "down_proj.bias")):
+                assert not close(one, other)
+                assert close(tensor, 0.25 * one + 0.75 * other, 1e-6)
+            elif "layernorm" in name:
+                assert close(tensor, (one + other) / 2, 1e-6)
+
+
+@pytest.mark.parametrize("heads", [5, 10, 20, 40])
+def test_searched_shares_are_whole_steps(heads):
+    """1 - 0.8 of 40 heads would be 7, for it is less than 0.2 in floating point."""
+    shape, tried = shape_of(3, heads=heads), []
+    request = replace(
+        request_of(shape, angles=[0, 1, 5]),
+        quality=lambda plans: tried.extend(sorted(h for h, _ in units(p)) for p in plans) or [0.0] * len(plans),
+    )
+    ConcatMerge(ratio="search").plan(request)
+    small = [heads * min(step, 20 - step) // 20 for step in range(21)]
+    assert tried == [[count, heads - count] for count in small]
 
 
 def test_blocks_of_another_attention_type_are_not_merged():

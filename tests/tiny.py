@@ -165,6 +165,7 @@ def random_plan(shape: ModelShape, rng: random.Random, closed: bool = True) -> P
 def _random_recipe(shape: ModelShape, rng: random.Random, first: int, second: int | None, closed: bool) -> BlockRecipe:
     alike = second is not None and shape.blocks[first] == shape.blocks[second]
     norms = ((first, 0.4), (second, 0.6)) if second is not None and alike and rng.random() < 0.5 else ()
+    biases = ((first, 0.3), (second, 0.7)) if second is not None and norms and rng.random() < 0.5 else ()
     choice = rng.random()
     if alike and choice < 0.3:
         parts = tuple(
@@ -172,9 +173,9 @@ def _random_recipe(shape: ModelShape, rng: random.Random, first: int, second: in
             for b in (first, second)
             if b is not None
         )
-        return BlockRecipe(parts=parts, norms=norms)
+        return BlockRecipe(parts=parts, norms=norms, biases=biases)
     if alike and choice < 0.45 and not closed:
-        return BlockRecipe(mix=((first, 0.25), (second or 0, 0.75)), norms=norms)
+        return BlockRecipe(mix=((first, 0.25), (second or 0, 0.75)), norms=norms, biases=biases)
     if choice < 0.6:
         return BlockRecipe(parts=(Part(first),))
     block = shape.blocks[first]

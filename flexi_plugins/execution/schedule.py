@@ -73,7 +73,7 @@ def build_trie(plans: Sequence[PruningPlan], prefixes: Prefixes) -> list[Node]:
 
 def _stage(parent: Node | None, plan: PruningPlan, position: int) -> tuple[int, int, int]:
     recipe = plan.blocks[position]
-    source = max(*recipe.sources, *(s for s, _ in recipe.norm_weights), 0)
+    source = max(*recipe.sources, *(s for s, _ in (*recipe.norm_weights, *recipe.bias_weights)), 0)
     if parent is None:
         return 0, source, 0
     number, last, repetition = parent.stage

@@ -60,7 +60,8 @@ class PairAngle:
     """arccos(cos(h_in of the block before, h_out of this block)) / pi: how much two successive blocks turn the stream.
 
     Entry i belongs to the pair (i - 1, i); entry 0 is 0 and means nothing. "last": only the last token of each window
-    (as released for CoMe); "all": every token (as released for CoMe-P).
+    (as released for CoMe); "all": every token (as released for CoMe-P). The last block's output is taken in front of the
+    final norm, where the released code has it behind.
     """
 
     name: ClassVar[str] = "pair-angle"

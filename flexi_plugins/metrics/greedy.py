@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from flexi_plugins.budget import least_loss
 from flexi_plugins.data import PruningPlan, Scores
 from flexi_plugins.hookspecs import ImportanceMetric, PruningRequest, hookimpl
 
@@ -40,6 +41,8 @@ class Greedy:
         able = [i for i in blocks if request.plan.blocks[i].whole not in donors - {None} and len(blocks) > 1]
         steps = (PruningPlan.keep(request.shape, (i for i in blocks if i != gone)) for gone in able)
         found = request.quality([request.plan.compose(step) for step in steps], self.measure) if able else []
+        if able:
+            least_loss(found, f"{self.name}: any block that goes")
         known = {i: value for i, value in zip(able, found, strict=True) if math.isfinite(value)}
         most = max(known.values(), default=0.0) + 1.0
         return Scores(block=torch.tensor([known.get(i, most) for i in blocks]))

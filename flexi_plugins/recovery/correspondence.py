@@ -52,4 +52,4 @@ def correspondences(plan: PruningPlan) -> tuple[Run, ...]:
 
 
 def _first(recipe: BlockRecipe) -> int:
-    return min((*recipe.sources, *(source for source, _ in recipe.norm_weights)))
+    return min((*recipe.sources, *(source for source, _ in (*recipe.norm_weights, *recipe.bias_weights))))

@@ -2,9 +2,11 @@
 
 While too many parameters are left: score the current model, choose the pair of neighbouring blocks that together turn
 the residual stream least, share the width between them by their influence, keep each one's best KV heads and channels,
-and concatenate: queries, keys, values, gate and up by rows, output and down by columns. Norms are averaged. Whole KV
-heads move with their query heads; the released code repeats the selection of KV heads as a tile, so that on grouped-query
-models query heads end up with other KV heads than theirs (``heads = "tiled"``, to explain deviations from its numbers).
+and concatenate: queries, keys, values, gate and up by rows, output and down by columns. Norms are averaged; norms of
+queries and keys, and output biases, are summed by the shares. Whole KV heads move with their query heads; the released
+code repeats the selection of KV heads as a tile, so that on grouped-query models query heads end up with other KV heads
+than theirs (``heads = "tiled"``, to explain deviations from its numbers). The stream behind the last block is taken in
+front of the final norm, where the released code, through transformers' hidden_states, has it behind.
 
 CoMe-P (Algorithm 2, concat_merge_P.py) is ``ratio = "search"``: of ``granularity`` + 1 shares the one whose merged model
 has the lowest loss on the calibration text, all of them run in one sweep.
@@ -15,8 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from flexi_plugins.budget import check_reach
-from flexi_plugins.data import BlockRecipe, BlockShape, ModelShape, Part, PruningPlan
+from flexi_plugins.budget import check_reach, least_loss
+from flexi_plugins.data import BlockRecipe, BlockShape, ModelShape, Part, PruningPlan, Weighted
 from flexi_plugins.errors import FlexiError, OutOfReach
 from flexi_plugins.hookspecs import Budget, PruningRequest, ReplacementStrategy, TensorRequest, hookimpl
 
@@ -91,10 +93,11 @@ class ConcatMerge:
         """CoMe-P: return the merge of a pair with the lowest loss, ties to the smaller share of the first block."""
         if self.granularity < 1:
             raise FlexiError(f"{self.name}: granularity = {self.granularity}, expected at least 1")
-        shares = [(step / self.granularity, 1 - step / self.granularity) for step in range(self.granularity + 1)]
+        steps = self.granularity
+        shares = [(step / steps, (steps - step) / steps) for step in range(steps + 1)]
         plans = [self._merge(request, first, share) for share in shares]
         losses = request.quality([request.plan.compose(plan) for plan in plans])
-        return plans[min(range(len(plans)), key=losses.__getitem__)]
+        return plans[least_loss(losses, f"{self.name}: any share of blocks {first} and {first + 1}")]
 
     def tensors(self, request: TensorRequest) -> dict[str, Tensor]:
         """Return nothing: a concatenation makes no new tensors."""
@@ -130,7 +133,7 @@ class ConcatMerge:
             rest = [[b for b in range(len(blocks)) if b not in (i, i + 1)] for i in candidates]
             without = [request.plan.compose(PruningPlan.keep(request.shape, kept)) for kept in rest if kept]
             losses = request.quality(without) if without else [0.0]
-            return candidates[min(range(len(losses)), key=losses.__getitem__)]
+            return candidates[least_loss(losses, f"{self.name}: any pair that goes (pairs = 'sleb')")]
         scores = _block_scores(request)
         return min(candidates, key=lambda i: float(scores[i] + scores[i + 1]))
 
@@ -165,11 +168,13 @@ class ConcatMerge:
         if self.merge == "concat":
             merged, widths = self._concatenated(request, first, shares)
         elif self.merge == "sum":
-            mix = tuple((first + offset, share) for offset, share in enumerate(shares))
-            merged, widths = BlockRecipe(mix=mix, norms=((first, 0.5), (first + 1, 0.5))), "weights summed"
-        else:
+            mix = ((first, shares[0]), (first + 1, shares[1]))
+            norms, biases = _vectors(request.shape, first, shares)
+            merged, widths = BlockRecipe(mix=mix, norms=norms, biases=biases), "weights summed"
+        else:  # with norms of both blocks, one of them times 0, so that the plan says for which it stands
             kept = first + (shares[1] > shares[0])
-            merged, widths = BlockRecipe(parts=(Part(kept),)), f"block {kept} stays"
+            norms = tuple((i, float(i == kept)) for i in (first, first + 1))
+            merged, widths = BlockRecipe(parts=(Part(kept),), norms=norms), f"block {kept} stays"
         blocks = list(PruningPlan.identity(request.shape).blocks)
         blocks[first : first + 2] = [merged]
         note = (
@@ -191,7 +196,8 @@ class ConcatMerge:
             kept_channels = self._best(request, "mlp", index, channels[offset])
             parts.append(Part(index, kept_heads, kept_channels, self._query_heads(shapes[offset], kept_heads)))
         kept = tuple(p for p in parts if p.kv_heads or p.channels)
-        merged = BlockRecipe(parts=kept, norms=((first, 0.5), (first + 1, 0.5)))
+        norms, biases = _vectors(request.shape, first, shares)
+        merged = BlockRecipe(parts=kept, norms=norms, biases=biases)
         return merged, f"KV heads {heads[0]} + {heads[1]}, channels {channels[0]} + {channels[1]}"
 
     def _query_heads(self, shape: BlockShape, kept: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -207,6 +213,13 @@ class ConcatMerge:
         if scores is None:
             raise FlexiError(f"{self.name}: the metric gives no {kind} scores")
         return tuple(sorted(scores[block].topk(count).indices.tolist()))
+
+
+def _vectors(shape: ModelShape, first: int, shares: tuple[float, float]) -> tuple[Weighted, Weighted]:
+    """Return the mean of a pair's norms, and the sum of its q/k norms and output biases by the shares, where it has any."""
+    summed = shape.head_norms or shape.output_bias or shape.mlp_bias
+    norms, biases = ((first, 0.5), (first + 1, 0.5)), ((first, shares[0]), (first + 1, shares[1]))
+    return norms, biases if summed else ()
 
 
 def _done(plan: PruningPlan) -> int:

@@ -100,11 +100,11 @@ class LeastSquaresMerge:
 
 
 def solved(traces: Iterable[tuple[BlockTrace, Tensor]], roles: tuple[str, ...], ridge: float) -> list[Tensor]:
-    """Return the output maps W (hidden, columns) that minimise |X W' - Y|^2 + lambda |W - W_0|^2 over all tokens.
+    """Return the output maps W (hidden, columns) that minimise |X (W - W_0)' - D|^2 + lambda |W - W_0|^2 over all tokens.
 
-    X: (tokens, columns), the inputs of the maps of ``roles`` side by side; Y: (tokens, hidden), what they have to add for
-    the stream behind the block to be the target; W_0: the maps as they are; lambda: ``ridge`` x the mean of the diagonal
-    of X'X. Solved as (X'X + lambda I) W' = X'Y + lambda W_0' in float64.
+    X: (tokens, columns), the inputs of the maps of ``roles`` side by side; W_0: the maps as they are; D: (tokens, hidden),
+    the target less the stream behind the block as it is (biases are in both); lambda: ``ridge`` x the mean of the diagonal
+    of X'X. Solved as (X'X + lambda I) (W - W_0)' = X'D in float64.
     """
     import torch
 
@@ -115,7 +115,7 @@ def solved(traces: Iterable[tuple[BlockTrace, Tensor]], roles: tuple[str, ...], 
         weights = {"attention_output": trace.attention_weight, "down": trace.mlp_weight}
         inputs = [inner[role] for role in roles]
         x = torch.cat([i.float() for i in inputs if i is not None], 1)
-        y = target.float() - (trace.input if "attention_output" in roles else trace.middle).float()
+        y = target.float() - trace.output.float()
         if gram is None or cross is None:
             widths = [i.shape[1] for i in inputs if i is not None]
             old = torch.cat([w.double() for role in roles if (w := weights[role]) is not None], 1)
@@ -126,7 +126,7 @@ def solved(traces: Iterable[tuple[BlockTrace, Tensor]], roles: tuple[str, ...], 
         raise FlexiError("least-squares-merge: there are no calibration tokens; expected at least one window")
     weight = ridge * gram.diagonal().mean()
     gram.diagonal().add_(weight)
-    new = torch.linalg.solve(gram, cross.add_(weight * old.T), left=True).T
+    new = old + torch.linalg.solve(gram, cross).T
     return [part.contiguous() for part in new.split(widths, 1)]
 
 

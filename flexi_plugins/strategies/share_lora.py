@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
-from flexi_plugins.budget import check_reach, smallest
+from flexi_plugins.budget import check_reach, least_loss, smallest
 from flexi_plugins.data import BlockRecipe, ModelShape, Part, PruningPlan
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.hookspecs import Budget, PruningRequest, ReplacementStrategy, TensorRequest, Weights, hookimpl
@@ -120,7 +120,7 @@ class ShareLora:
             return made | self._gains(request, made, self.output_gain)
         candidates = [made | self._gains(request, made, gain) for gain in GAINS]
         losses = request.quality([request.plan] * len(GAINS), "loss", candidates)
-        return candidates[min(range(len(GAINS)), key=losses.__getitem__)]
+        return candidates[least_loss(losses, f"{self.name}: any output gain of {GAINS[0]:g}..{GAINS[-1]:g}")]
 
     def _adapters(self, request: TensorRequest) -> dict[str, Tensor]:
         import torch
