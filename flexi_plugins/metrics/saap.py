@@ -10,10 +10,10 @@ unit; J = mean[V / (2 s_v) + E / (2 s_e)] + log(s_v s_e) / 2, with its minimum a
 fluctuates is not said; ``fluctuation`` has three readings:
 
 - samples (recommended): the fused score of a unit over calibration samples, std / mean; keep = z(mean) - lambda z(std /
-  mean), both standardised within a (block, kind).
+  mean), both standardised within a (block, kind); the lowest go, of all blocks and kinds.
 - units: the fused score against the other units of its block and kind; keep = z(mean), as FLAP standardises.
 - rates: the coefficient of variation of the fused scores within a (block, kind) sets the share of its units that goes;
-  keep = rank within the block / coefficient of variation.
+  keep = rank within the block, 0 to 1, / coefficient of variation.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from flexi_plugins.data import Scores
+from flexi_plugins.errors import FlexiError
 from flexi_plugins.hookspecs import GradientTrace, ImportanceMetric, LinearTrace, PruningRequest, Statistic, hookimpl
 
 if TYPE_CHECKING:
@@ -128,10 +129,15 @@ class Saap:
         return frozenset({Taylor(self.order).name})
 
     def score(self, request: PruningRequest) -> Scores:
-        """Return keep scores: standardised within blocks, or shares of them, so not comparable."""
+        """Return keep scores: standardised within blocks, or shares of them, and ranked as they are."""
         import torch
 
         taylor = request.statistics[Taylor(self.order).name]
+        if self.fluctuation == "samples" and self.stability and len(taylor["vector_mlp"][0]) < 2:
+            raise FlexiError(
+                f"{self.name}: expected at least 2 gradient samples for what fluctuates over them, found 1; give more "
+                "(gradient_samples in [calibration]), or set stability = 0 or fluctuation = 'units'"
+            )
         attention = self.fused(taylor["vector_attention"], taylor["element_attention"])
         mlp = self.fused(taylor["vector_mlp"], taylor["element_mlp"])
         totals = [a[0].sum(1) + m[0].sum(1) for a, m in zip(attention, mlp, strict=True)]  # per block: (samples,)
@@ -140,7 +146,7 @@ class Saap:
             block=self.keep(torch.stack(totals, 1), torch.tensor(offsets)),
             attention=tuple(self.keep(f, torch.tensor(o)) for f, o in attention),
             mlp=tuple(self.keep(f, torch.tensor(o)) for f, o in mlp),
-            rule="undivided" if self.fluctuation == "rates" else "standardised",
+            rule="undivided",
         )
 
     def fused(self, vector: Sequence[Tensor], element: Sequence[Tensor]) -> list[tuple[Tensor, float]]:
@@ -180,7 +186,7 @@ class Saap:
         if self.fluctuation == "units":
             return standardise(mean + offset)
         if self.fluctuation == "rates":
-            rank = (mean + offset).argsort(stable=True).argsort().float() / len(mean)
+            rank = ((mean + offset).argsort(stable=True).argsort() + 0.5) / len(mean)  # no block's lowest is at 0
             return rank * mean.mean() / mean.std(correction=0).clamp_min(1e-30)
         fluctuation = deviation / mean.clamp_min(1e-30)
         fluctuation = torch.where(mean > 0, fluctuation, fluctuation.max())
