@@ -275,7 +275,7 @@ def recover(
     from flexi_plugins.pruner import Training
 
     _check_new(output)
-    whole = not (plan_file or metric or strategy)
+    whole = not (plan_file or metric or strategy or ratio is not None or metric_option or strategy_option)
     asked = None if whole else _asked(plan_file, metric, strategy, ratio, metric_option, strategy_option)
     plugins = Plugins.load()
     chosen = plugins.get("recovery", method, _options(recovery_option))
@@ -597,8 +597,8 @@ def _asked(
     """Return the plan file, or the methods and the ratio in its place; both or neither is an error."""
     if not plan_file:
         return _method(metric, strategy, ratio, metric_option, strategy_option)
-    if metric or strategy or ratio is not None:
-        raise FlexiError("give either --plan, or --metric, --strategy and --ratio")
+    if metric or strategy or ratio is not None or metric_option or strategy_option:
+        raise FlexiError("give either --plan, or --metric, --strategy, --ratio and their options")
     return plan_file
 
 

@@ -390,17 +390,19 @@ class Pruner:
     ) -> Planned:
         """Return a trained plan whose origin says how it was trained: once, or several times one behind the other.
 
-        Tokens of several trainings are summed; all other facts are the last one's.
+        The tokens of several trainings are summed, and those of the curve count on; all other facts are the last one's.
         """
-        curve, done = list[dict[str, float]](), 0.0
+        curve, done, before = list[dict[str, float]](), 0.0, 0.0
         for course in courses:
+            before = done if course.curve else before
             curve += [{**point, "tokens": point["tokens"] + done} for point in course.curve]
             done = curve[-1]["tokens"] if curve else 0.0
         last = [course.facts for course in courses if course.facts][-1:]
         facts = dict(last[0]) if last else {}
         if len(courses) > 1:
-            facts |= {n: sum(c.facts.get(n, 0) for c in courses) for n in facts if n.endswith("_tokens")}
-            facts["trainings"] = sum(bool(c.curve) for c in courses)
+            facts |= {n: sum(c.facts.get(n, 0) for c in courses) for n in facts if n == "trained_tokens"}
+            facts |= {n: before + facts[n] for n in facts if n == "kept_tokens"}
+            facts |= {"trainings": sum(bool(c.curve) for c in courses), "tokens_before_last": before}
         said = {
             "method": method.name,
             "options": options_json(method),

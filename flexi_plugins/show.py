@@ -108,18 +108,9 @@ def show_reports(plugins: Plugins, folder: Path) -> None:
 
 def show_recovery(recovery: Mapping[str, Any]) -> None:
     """Print what a training was: its tokens, and the held-out loss at its start and of the state that was kept."""
-    facts, passed = recovery["facts"], recovery["training"]["tokens"]
-    trained = facts.get("trained_tokens", passed)
-    kept = facts.get("kept_tokens", trained)
-    said = f"trained by {recovery['method']} on {trained:,.0f} tokens"
-    for kind, name in (("held_out_loss", "held-out loss"), ("held_out_block_loss", "held-out loss of blocks")):
-        losses = {point["tokens"]: point[kind] for point in recovery["curve"] if kind in point}
-        if losses:
-            first, *_ = losses.values()
-            last = losses[max((tokens for tokens in losses if tokens <= kept), default=min(losses))]
-            said += f": {name} {first:.4f} -> {last:.4f} nats a token"
-            said += "" if kept == trained else f", of the state after {kept:,.0f}"
-    typer.echo(said)
+    from flexi_plugins.store import course_of
+
+    typer.echo(course_of(recovery))
     for note in recovery["notes"]:
         typer.echo(f"note: {note}")
 

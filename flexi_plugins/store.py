@@ -323,13 +323,46 @@ def _row(record: Record) -> dict[str, Any]:
     row |= {"status": record.status, "reason": record.reason, "options": cell.options}
     if record.plan:
         row |= {name: getattr(record.plan, name) for name in SIZES} | {"true_ratio": record.plan.ratio}
-        notes = record.plan.origin.get("recovery", {}).get("notes")
-        row |= {"recovery_note": "; ".join(notes)} if notes else {}
+        row |= _of_recovery(record.plan.origin.get("recovery"))
     for measurement in record.measurements:
         row.setdefault(measurement.name, measurement.value)
         extra = {"stderr": measurement.standard_error, "chance": measurement.chance}
         row |= {f"{measurement.name}_{k}": v for k, v in extra.items() if v is not None}
     return row
+
+
+def _of_recovery(recovery: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return how a training went, in words, and what quantised weights take, where there was one and where there are any."""
+    if not recovery:
+        return {}
+    facts = recovery["facts"]
+    row: dict[str, Any] = {"recovery_note": "; ".join((course_of(recovery), *recovery["notes"]))}
+    if "stored_bytes" in facts:
+        row |= {"bits_per_weight": facts["bits_per_weight"], "packed_mib": facts["stored_bytes"] / 2**20}
+    return row
+
+
+def course_of(recovery: Mapping[str, Any]) -> str:
+    """Return what a training was, of several the last one: its tokens, the held-out loss at its start and of what was kept."""
+    facts, passed = recovery["facts"], recovery["training"]["tokens"]
+    trained = facts.get("trained_tokens", passed)
+    if not trained:
+        return f"recovered by {recovery['method']} without training"
+    kept, start = facts.get("kept_tokens", trained), facts.get("tokens_before_last", 0)
+    times = f", {facts['trainings']} times one behind the other; the last time" if facts.get("trainings", 1) > 1 else ""
+    said = f"trained by {recovery['method']} on {trained:,.0f} tokens{times}"
+    kinds = {
+        "held_out_loss": ("held-out loss", " nats a token"),
+        "held_out_block_loss": ("held-out loss of blocks", ""),
+    }
+    for kind, (name, unit) in kinds.items():
+        losses = {p["tokens"]: p[kind] for p in recovery["curve"] if kind in p and p["tokens"] >= start}
+        if losses:
+            first, *_ = losses.values()
+            last = losses[max((tokens for tokens in losses if tokens <= kept), default=min(losses))]
+            said += f": {name} {first:.4f} -> {last:.4f}{unit}"
+            said += "" if kept == trained else f", of the state after {kept - start:,.0f}"
+    return said
 
 
 def _context(records: Sequence[Record]) -> dict[str, Any]:

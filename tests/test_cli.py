@@ -432,7 +432,7 @@ def test_a_plan_of_another_model_is_refused(flexi: Flexi, model: Path, tmp_path:
     assert said.status == 2
     assert "was made for a model of another shape" in said.err
     both = flexi("prune", "--model", model, "--plan", tmp_path / "plan.json", "--metric", "come", "-o", tmp_path / "p")
-    assert "give either --plan, or --metric, --strategy and --ratio" in both.err
+    assert "give either --plan, or --metric, --strategy, --ratio and their options" in both.err
 
 
 def test_a_checkpoint_that_is_broken_is_named(flexi: Flexi, method: list[str], tmp_path: Path) -> None:

@@ -371,6 +371,20 @@ def test_the_original_is_asked_ahead_about_as_many_windows_as_there_is_room_for(
     assert asked == ([WINDOWS] if windows == 100 else [2] * (WINDOWS // 2))
 
 
+def test_windows_that_do_not_follow_each_other_are_asked_about_alone():
+    """The last batch of several processes may be the last window and, to fill it up, the first."""
+    asked: list[int] = []
+
+    def teacher(ids: Tensor, blocks: Sequence[int]) -> Mapping[int, Tensor]:
+        asked.append(len(ids))
+        return {block: ids[:, :, None] * torch.tensor([1.0, block]) for block in blocks}
+
+    ahead = distill.ahead(teacher, IDS, hidden=2)
+    batch = IDS[[-1, 0]]
+    assert torch.equal(ahead(batch, [1, 3])[3], batch[:, :, None] * torch.tensor([1.0, 3]))
+    assert asked == [2]
+
+
 @pytest.mark.parametrize("loss", ["kl", "mse"])
 def test_a_block_that_does_what_its_group_did_has_no_loss_and_stays(loss, tmp_path):
     """The removed block added nothing to the stream."""

@@ -352,6 +352,20 @@ def test_perplexity_is_exp_of_the_mean_loss_of_transformers(tokenizer: Any, mode
     assert sum(row["tokens"] for row in outcome.documents) == 64
 
 
+def test_perplexity_of_the_whole_text_takes_every_window(tokenizer: Any, models: list[Any], tmp_path: Path):
+    asked: list[Any] = []
+
+    def ask(pairs: Sequence[Any], title: str, softmax_dtype: str = "float32") -> list[list[tuple[float, bool]]]:
+        asked.extend(pairs)
+        return [[(-1.0, False)] * len(pairs)]
+
+    request = request_for(tokenizer, models[:1], likelihoods=ask)
+    Perplexity(window=64, tokens="all").evaluate(request)
+    length = len(tokenizer("\n\n".join(PythonDocs().texts("held-out", None)), add_special_tokens=False)["input_ids"])
+    assert len(asked) == length // 64
+    Perplexity(window=64, tokens="all").check()
+
+
 def test_a_loss_too_large_for_a_float_is_a_failure(tokenizer: Any, models: list[Any]):
     def ask(pairs: Sequence[Any], title: str, softmax_dtype: str = "float32") -> list[list[tuple[float, bool]]]:
         return [[(-1e6, False)] * len(pairs)]

@@ -123,7 +123,12 @@ def test_the_model_itself_is_trained_where_no_plan_is_named(recover: Recover, tm
         (("--recovery-option=rank=0",), "lora: rank = 0, expected 1 or more"),
         (("--length=0",), "training: length = 0, expected 2 or more"),
         (("--held-out=0",), "training: held_out = 0, expected 1 or more"),
-        (("--plan=x.json", "--ratio=0.2"), "give either --plan, or --metric, --strategy and --ratio"),
+        (("--plan=x.json", "--ratio=0.2"), "give either --plan, or --metric, --strategy, --ratio and their options"),
+        (
+            ("--plan=x.json", "--metric-option=a=1"),
+            "give either --plan, or --metric, --strategy, --ratio and their options",
+        ),
+        (("--ratio=0.2",), "give --metric: there is"),
     ],
 )
 def test_what_cannot_work_is_said_before_a_model_is_opened(
@@ -172,6 +177,12 @@ def test_two_processes_train_what_one_does(windows: int, model: Path, text: Path
             "on 64 tokens: held-out loss 3.0000 -> 2.0000 nats a token, of the",
         ),
         ({"trained_tokens": 64, "kept_tokens": 0}, "held-out loss 3.0000 -> 3.0000 nats a token, of the state after 0"),
+        ({"trained_tokens": 0, "kept_tokens": 0}, "recovered by theirs without training"),
+        (
+            {"trained_tokens": 64, "kept_tokens": 48, "trainings": 2, "tokens_before_last": 32},
+            "on 64 tokens, 2 times one behind the other; the last time: held-out loss 2.0000 -> 2.0000 nats a token, of the "
+            "state after 16",
+        ),
     ],
 )
 def test_what_is_said_of_a_training_is_of_the_state_that_was_kept(

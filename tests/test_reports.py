@@ -129,8 +129,10 @@ def test_options_tell_rows_apart_and_are_not_taken_for_seeds():
     assert "- strategy concat-merge: pairs own" in page
 
 
-def trained(metric, strategy, perplexity, notes=(), **options):
-    plan = replace(PruningPlan.keep(SHAPE, range(8)), origin={"recovery": {"notes": list(notes), "curve": []}})
+def trained(metric, strategy, perplexity, notes=(), facts=None, **options):
+    curve = [{"tokens": 0, "held_out_loss": 3.0}, {"tokens": 64, "held_out_loss": 2.0}]
+    said = {"method": "lora", "training": {"tokens": 64}, "notes": list(notes), "curve": curve, "facts": facts or {}}
+    plan = replace(PruningPlan.keep(SHAPE, range(8)), origin={"recovery": said})
     text = {"recovery": {"rank": 8, **options}, "training": {"tokens": 64}}
     return record(metric, strategy, perplexity=perplexity, recovery="lora", options=text, plan=plan)
 
@@ -146,18 +148,39 @@ def test_training_stands_beside_what_was_there_before_it():
             trained("come", "concat-merge", 30.0),  # nothing to compare it with
         ]
     )
-    rows = table(page, "Before and after training")
+    rows = table(page, "Before and after recovery")
     assert [(r["metric"], r["recovery"], r["after / before"]) for r in rows] == [
         ("come", "lora", "0.500"),
         ("saap", "lora", "1.050"),
     ]
     assert rows[0][f"{PERPLEXITY} before"] == "50.00 ± 0.500"
     assert rows[0][f"{PERPLEXITY} after"] == "25.00 ± 0.500"
-    assert "- Training lowers wikitext2_ppl@2048 in 1 of 2 cells." in page
+    assert "- Recovery lowers wikitext2_ppl@2048 in 1 of 2 cells." in page
     assert (
-        "- Not in saap x remove-blocks x lora at 0.2: lora: no state had a lower held-out loss than the start." in page
+        "- Not in saap x remove-blocks x lora at 0.2: trained by lora on 64 tokens: held-out loss 3.0000 -> 2.0000 nats a "
+        "token; lora: no state had a lower held-out loss than the start." in page
     )
     assert "Before and after" not in markdown(RECORDS)
+
+
+def test_seeds_that_were_not_all_trained_are_named():
+    seeds = [record("come", "remove-units", perplexity=50.0, seed=s) for s in (0, 1)]
+    page = markdown([*seeds, trained("come", "remove-units", 25.0)])
+    assert "- come x remove-units x lora at 0.2: before is the mean of seeds 0 1, after of 0." in page
+
+
+def test_what_quantised_weights_take_stands_beside_them():
+    quantised = trained("come", "remove-units", 25.0, facts={"bits_per_weight": 4.5, "stored_bytes": 3 * 2**20})
+    rows = table(markdown([record("come", "remove-units"), quantised]), "Quality at ratio 0.2")
+    assert [(r["bits a weight"], r["packed MiB"]) for r in rows] == [("4.500", "3.000"), ("–", "–")]
+
+
+def test_where_models_were_recovered_the_others_are_hollow():
+    points = [ranked_row(30.0), {**ranked_row(20.0), "recovery": "lora"}]
+    figure = pareto._figure([{**p, "x": 1.0, "y": 1.0 + i} for i, p in enumerate(points)], PERPLEXITY, "demo")
+    (axes,) = figure.axes
+    assert sorted(len(marks.get_facecolor()) for marks in axes.collections) == [0, 1]
+    assert {"recovered", "as pruned"} <= {text.get_text() for text in figure.legends[0].get_texts()}
 
 
 def test_what_belongs_to_training_tells_no_untrained_method_apart():

@@ -244,7 +244,7 @@ def test_an_interleaved_method_trains_behind_every_step_on_its_share_of_the_text
     assert any(r.own for r in other.plan.blocks)  # what the first training changed is known to the second
     said = record.plan.origin["recovery"]
     assert [point["tokens"] for point in said["curve"]] == [0, 32, 32, 64]
-    assert said["facts"] == {"trained_tokens": 64.0, "bits": 4.0, "trainings": 2}
+    assert said["facts"] == {"trained_tokens": 64.0, "bits": 4.0, "trainings": 2, "tokens_before_last": 32.0}
     assert said["notes"] == ["one", "one"]
     (kept,) = (tmp_path / "run" / "plans").glob("*.packed.bin")
     assert kept.read_text() == "4"  # what the last training left

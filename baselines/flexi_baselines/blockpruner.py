@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from flexi_plugins.budget import check_reach
+from flexi_plugins.budget import check_reach, least_loss
 from flexi_plugins.data import BlockRecipe, BlockShape, ModelShape, Part, PruningPlan
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.hookspecs import Budget, PruningRequest, ReplacementStrategy, TensorRequest, hookimpl
@@ -60,7 +60,7 @@ class BlockPruner:
         if request.counting:
             return steps[0]
         losses = request.quality([request.plan.compose(step) for step in steps], "loss")
-        return steps[min(range(len(steps)), key=losses.__getitem__)]
+        return steps[least_loss(losses, f"{self.name}: any sub-layer that goes")]
 
     def _most(self, shape: ModelShape) -> int:
         return sum(len(self._kinds(b)) for b in shape.blocks) - (self.block_type == "mix")

@@ -71,7 +71,7 @@ class LaCo:
             plan, rejected = self._above(shape, budget, similarity, threshold)
             if budget is None or budget.met(plan):
                 return replace(plan, origin={"notes": [f"T = {threshold:.6f}"]})
-            if not rejected:
+            if not rejected or max(rejected) <= -1.0:  # of none, or of a model that breaks down
                 raise OutOfReach(
                     f"{self.name}: ratio {budget.ratio:g} is out of reach; it reaches up to {plan.ratio:.4f}"
                 )

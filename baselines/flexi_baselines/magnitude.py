@@ -2,7 +2,7 @@
 
 Per matrix and output row sum_k |w_ck|^p, reduced over the rows of a matrix and then over the matrices of a block; the
 blocks with the lowest go, all at once. The released defaults are p = 1 and sums, so the L1 norm of the block. "+" is the
-authors' heuristic never to remove the first four and the last two blocks (block_prune.py).
+authors' heuristic to keep the first four and the last two blocks (block_prune.py): here they go last, when no other is left.
 The weights of the two norms count as matrices of one column. The authors' fourth reduction, the product, leaves the range
 of any float at such widths and is left out.
 """

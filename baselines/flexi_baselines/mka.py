@@ -103,8 +103,14 @@ class Mka:
         if request.counting:
             return merged(shape, [0.5] * count)
         shares = self._shares(request, count)
-        note = f"shares of the earlier block: {', '.join(f'{share:.4f}' for share in shares)}"
-        return replace(merged(shape, shares), origin={"notes": [note]})
+        notes = [f"shares of the earlier block: {', '.join(f'{share:.4f}' for share in shares)}"]
+        rows = len(request.statistics["sequence-states"][self.states][0])
+        taken = self._neighbours(rows)
+        if taken != (self.n_neighbors, self.k_entropy):
+            notes.append(
+                f"n_neighbors = {taken[0]} and k_entropy = {taken[1]}, for there are {rows} calibration sequences"
+            )
+        return replace(merged(shape, shares), origin={"notes": notes})
 
     def _shares(self, request: PruningRequest, count: int) -> list[float]:
         """Return the weight of the earlier block of each pair, the last pair first."""
@@ -115,9 +121,13 @@ class Mka:
                 f"{self.name}: {rows} calibration sequences, expected {AXES + 2} or more; set calibration windows"
             )
         points = [ranked(embedded(s, self.sigma_k, self.alpha)) for s in states]
-        similarity = npib(points, min(self.n_neighbors, rows - 1), min(self.k_entropy, rows - 1), request.seed)
+        similarity = npib(points, *self._neighbours(rows), request.seed)
         last = len(points) - 1
         return [self._weight(similarity, first) for first in range(last - 1, last - 1 - count, -1)]
+
+    def _neighbours(self, rows: int) -> tuple[int, int]:
+        """Return ``n_neighbors`` and ``k_entropy``, as far as so many sequences have that many others."""
+        return min(self.n_neighbors, rows - 1), min(self.k_entropy, rows - 1)
 
     def _weight(self, similarity: Tensor, first: int) -> float:
         if self.share == "paper":

@@ -11,7 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from flexi_plugins.budget import least_loss
 from flexi_plugins.data import PruningPlan, Scores
+from flexi_plugins.errors import FlexiError
 from flexi_plugins.hookspecs import ImportanceMetric, PruningRequest, hookimpl
 
 
@@ -36,12 +38,16 @@ class Sleb:
 
         blocks = range(len(request.shape.blocks))
         tried = self._tried(request.plan)
-        if not tried:
-            return Scores(block=torch.zeros(len(blocks)))
+        if not tried or min(self.early_barrier, self.latter_barrier) < 0:
+            raise FlexiError(
+                f"{self.name}: early_barrier = {self.early_barrier}, latter_barrier = {self.latter_barrier}: expected 0 or "
+                f"more, and a block between them that may go, found none of {len(blocks)}; lower the barriers or the ratio"
+            )
         steps = [PruningPlan.keep(request.shape, (i for i in blocks if i != gone)) for gone in tried]
-        losses = torch.tensor(request.quality([request.plan.compose(step) for step in steps], "loss"))
-        known = losses[losses.isfinite()]  # without the others the model breaks down
-        most = float(known.max()) + 1 if len(known) else 1.0
+        found = request.quality([request.plan.compose(step) for step in steps], "loss")
+        least_loss(found, f"{self.name}: any block that goes")
+        losses = torch.tensor(found)
+        most = float(losses[losses.isfinite()].max()) + 1  # without the others the model breaks down
         scores = torch.full((len(blocks),), most)
         scores[tried] = losses.where(losses.isfinite(), most)
         return Scores(block=scores)

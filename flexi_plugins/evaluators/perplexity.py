@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from flexi_plugins.corpora.files import find_corpus
 from flexi_plugins.corpora.windows import text_digest, token_windows
@@ -22,20 +22,21 @@ LARGEST_LOSS = 700.0  # nats a token; exp of more is no float
 class Perplexity:
     """exp of the mean loss over the held-out part's first windows of ``window`` tokens, as many as fit in ``tokens``.
 
-    Of each window all tokens but the first are predicted; windows weigh the same.
+    tokens: "all" takes the whole text (a remainder shorter than a window is dropped). Of each window all tokens but the
+    first are predicted; windows weigh the same.
     """
 
     name: ClassVar[str] = "perplexity"
 
     corpus: str = "python-docs"
     window: int = 512
-    tokens: int = 16384
+    tokens: int | Literal["all"] = 16384
 
     def evaluate(self, request: EvaluationRequest) -> Iterable[Outcome]:
         """Return the perplexity of each candidate, and the loss of each window."""
         self.check()
         corpus = find_corpus(self.corpus, request.corpora)
-        count = self.tokens // self.window
+        count = None if self.tokens == "all" else self.tokens // self.window
         windows, _ = token_windows(corpus, "held-out", request.data, request.tokenizer, self.window, count)
         pairs = [((window[0],), tuple(window[1:])) for window in windows]
         answers = request.likelihoods(pairs, f"perplexity on {self.corpus}")
@@ -48,10 +49,10 @@ class Perplexity:
 
     def check(self) -> None:
         """Raise unless there is at least one window of at least two tokens."""
-        if self.window < 2 or self.tokens < self.window:
+        if self.window < 2 or (self.tokens != "all" and self.tokens < self.window):
             raise FlexiError(
                 f"evaluator 'perplexity': expected a window of at least 2 tokens and at least one window, found window "
-                f"{self.window} and tokens {self.tokens}; set tokens to a multiple of window"
+                f'{self.window} and tokens {self.tokens}; set tokens to a multiple of window, or to "all"'
             )
 
     def _outcome(self, label: str, losses: Sequence[float]) -> Outcome:

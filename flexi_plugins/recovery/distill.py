@@ -15,7 +15,6 @@ or one after another. The original's own forward passes are not in it.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -141,7 +140,6 @@ class Distill(TrainingOptions):
             trainings.append(trained)
             model = replaced(model, tensors, request.seed)
             del tensors
-            gc.collect()  # Trainer refers to itself, and so holds the moments
         return Recovered(model, *summed(trainings), tuple(note for t in trainings for note in t.notes))
 
     def _coming(self, request: RecoveryRequest) -> Teacher:
@@ -257,7 +255,10 @@ def ahead(teacher: Teacher, text: Tensor, hidden: int) -> Teacher:
         nonlocal known, held
         rows = [places[row.numpy().tobytes()] for row in ids.cpu().long()]
         if known.keys() != set(blocks) or not set(rows) <= set(held):
-            known, first, needed = {}, min(rows), max(rows) + 1 - min(rows)
+            first, needed = min(rows), max(rows) + 1 - min(rows)
+            if needed > len(rows):  # not one behind the other: padding of the last batch, or windows that repeat
+                return teacher(ids, blocks)
+            known = {}
             batches = max(1, int(STATES / (4 * text.shape[1] * hidden * len(blocks))) // needed)
             held = range(first, min(first + batches * needed, len(text)))
             known = teacher(text[held.start : held.stop], blocks)

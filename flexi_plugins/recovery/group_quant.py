@@ -80,7 +80,7 @@ class GroupQuant(Groups):
         """Return the model with de-quantised weights; facts count the bytes of the packed ones."""
         packed = rounded(self, request)
         if not (self.rank and request.tokens):
-            return _stored(self, request, packed, Trained((), {"trained_parameters": 0}, ()))
+            return _stored(self, request, packed, _untrained())
         model = working_copy(replaced(request.model, dequantised(packed)), (), request.dtype)
         self.adapt(model, request.seed)
         trained = train(request, model, self, self.name)
@@ -146,10 +146,15 @@ class LoraQuantise(Lora, Groups):
         """Return the model with de-quantised weights; the curve is that of the weights before they were rounded."""
         trained = super().recover(request)
         request = replace(request, model=trained.model)
-        return _stored(self, request, rounded(self, request), trained)
+        note = f"{self.name}: the losses are those of the weights before they were rounded"
+        return _stored(self, request, rounded(self, request), replace(trained, notes=(*trained.notes, note)))
 
 
 Method = GroupQuant | LoraQuantise
+
+
+def _untrained() -> Trained:
+    return Trained((), {"trained_parameters": 0, "trained_tokens": 0, "kept_tokens": 0}, ())
 
 
 def rounded(method: Method, request: RecoveryRequest) -> dict[str, Packed]:

@@ -12,6 +12,7 @@ stays:
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import random
@@ -98,7 +99,10 @@ def train(
         trainer.accelerator.wait_for_everyone()
     for name in ("forward", "_original_forward", "_is_accelerate_prepared"):  # accelerate's, for mixed precision
         model.__dict__.pop(name, None)
-    return monitor.trained(trainer.state, kept, model)
+    trained = monitor.trained(trainer.state, kept, model)
+    del trainer
+    gc.collect()  # a Trainer refers to itself, and would hold the moments while the next model is trained
+    return trained
 
 
 def _check(request: RecoveryRequest, model: nn.Module, options: TrainingOptions, who: str) -> None:

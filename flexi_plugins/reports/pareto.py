@@ -129,16 +129,27 @@ def _draw_points(axes: Any, points: Sequence[Row]) -> None:
     dense = [p for p in points if ranking.is_dense(p)]
     colours = _assigned(pruned, "metric", COLOURS)
     markers = _assigned(pruned, "strategy", MARKERS)
-    axes.scatter([p["x"] for p in dense], [p["y"] for p in dense], marker="*", s=190, color="black", zorder=3)
+    for point in dense:
+        axes.scatter(point["x"], point["y"], marker="*", s=190, zorder=3, **_filled(point, points, "black"))
     for index, (metric, colour) in enumerate(colours.items()):
         size = 110 - 55 * index / max(len(colours) - 1, 1)  # nested: equal plans of several metrics all stay visible
         for row in (p for p in pruned if p["metric"] == metric):
             marker = markers[row["strategy"]]
-            axes.scatter(row["x"], row["y"], s=size, c=colour, marker=marker, edgecolor="white", zorder=4 + index)
-    _draw_legend(axes, colours, markers, bool(dense))
+            axes.scatter(row["x"], row["y"], s=size, marker=marker, zorder=4 + index, **_filled(row, points, colour))
+    _draw_legend(axes, colours, markers, bool(dense), any(_recovered(p) for p in points))
 
 
-def _draw_legend(axes: Any, colours: dict[str, str], markers: dict[str, str], dense: bool) -> None:
+def _recovered(row: Row) -> bool:
+    return str(row.get("recovery") or "none") != "none"
+
+
+def _filled(row: Row, points: Sequence[Row], colour: str) -> dict[str, str]:
+    """Return the colours of a mark; where some models were recovered, those that were not are hollow."""
+    hollow = any(_recovered(p) for p in points) and not _recovered(row)
+    return {"facecolor": "none", "edgecolor": colour} if hollow else {"facecolor": colour, "edgecolor": "white"}
+
+
+def _draw_legend(axes: Any, colours: dict[str, str], markers: dict[str, str], dense: bool, recovered: bool) -> None:
     from matplotlib.lines import Line2D
 
     def handle(label: str, marker: str, colour: str, size: int = 8) -> Any:
@@ -147,7 +158,10 @@ def _draw_legend(axes: Any, colours: dict[str, str], markers: dict[str, str], de
     metrics = [handle("metric", "", GREY), *(handle(n, "o", c) for n, c in colours.items())] if colours else []
     strategies = [handle("strategy", "", GREY), *(handle(n, m, GREY) for n, m in markers.items())] if markers else []
     lines = [line for line in axes.get_lines() if line.get_label() == "frontier"]
-    handles = [*([handle("dense", "*", "black", 12)] if dense else []), *lines, *metrics, *strategies]
+    fills = [handle("recovered", "o", GREY), handle("as pruned", "o", GREY)] if recovered else []
+    for hollow in fills[1:]:
+        hollow.set_markerfacecolor("none")
+    handles = [*([handle("dense", "*", "black", 12)] if dense else []), *lines, *fills, *metrics, *strategies]
     legend = axes.figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
     for text in legend.get_texts():
         text.set_fontweight("bold" if text.get_text() in ("metric", "strategy") else "normal")

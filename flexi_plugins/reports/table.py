@@ -37,7 +37,7 @@ MACHINE = ("machine", "system")  # versions that are not of software
 SIZES_EXPLAINED = (
     "Ratio: the share of stored parameters that was to go; true ratio: that is gone. Stored: what a checkpoint holds, "
     "adapters counted and shared weights once; runtime: what a token passes; MACs: multiply-adds with the weights; "
-    "M: million."
+    "M: million. Packed: a checkpoint whose linear maps are quantised, with their scales and zero factors."
 )
 CHOICES_EXPLAINED = (
     "choice_logprob: mean log-probability of the right choice among the choices; higher is better, and it tells "
@@ -170,7 +170,7 @@ def _quality(done: Sequence[Row], names: Sequence[str]) -> list[str]:
 
 
 def _recovery(done: Sequence[Row], names: Sequence[str]) -> list[str]:
-    """Return what training changed, method by method, and where it made perplexity no lower."""
+    """Return what recovery changed, method by method, and where it made perplexity no lower."""
     pairs, perplexities = ranking.before_and_after(done), ranking.perplexities(names)[:1]
     if not pairs or not perplexities:
         return []
@@ -184,13 +184,15 @@ def _recovery(done: Sequence[Row], names: Sequence[str]) -> list[str]:
         return figure(number(row, first) / number(row["before"], first))
 
     worse = [r for r in rows if not number(r, first) < number(r["before"], first)]
-    said = [f"Training lowers {first} in {len(rows) - len(worse)} of {len(rows)} cells."]
+    said = [f"Recovery lowers {first} in {len(rows) - len(worse)} of {len(rows)} cells."]
     said += [f"Not in {_label(r)}: {one_line(r.get('recovery_note')) or 'nothing was noted'}." for r in worse]
-    columns: list[Column] = [c for c in _identity(done) if c[0] not in ("#", "stored M")]
+    uneven = [r for r in rows if r["seeds"] != r["before"]["seeds"]]
+    said += [f"{_label(r)}: before is the mean of seeds {r['before']['seeds']}, after of {r['seeds']}." for r in uneven]
+    columns: list[Column] = [c for c in _identity(done) if c[0] not in ("#", "stored M", "bits a weight", "packed MiB")]
     for name in (first, *ranking.choices(names)):
         columns += [(f"{name} before", earlier(name)), (f"{name} after", _number(name, figure))]
         columns += [("after / before", times)] if name == first else []
-    return ["## Before and after training", _bullets(said), markdown_table(rows, columns)]
+    return ["## Before and after recovery", _bullets(said), markdown_table(rows, columns)]
 
 
 def _label(row: Row) -> str:
@@ -226,7 +228,13 @@ def _identity(done: Sequence[Row]) -> list[Column]:
     if any(" " in r["seeds"] for r in done):
         columns.append(("seeds", lambda r: str(len(r["seeds"].split()))))
     ratio: Column = ("ratio", lambda r: "" if ranking.is_dense(r) else f"{r['ratio']:g}")
-    return [*columns, ratio, ("stored M", _millions("stored_parameters"))]
+    columns += [ratio, ("stored M", _millions("stored_parameters"))]
+    if any("packed_mib" in r and not math.isnan(number(r, "packed_mib")) for r in done):
+        columns += [
+            ("bits a weight", _number("bits_per_weight", figure)),
+            ("packed MiB", _number("packed_mib", figure)),
+        ]
+    return columns
 
 
 def _tables(rows: Sequence[Row], identity: Sequence[Column], columns: Sequence[Column]) -> list[str]:
