@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,7 @@ from flexi_plugins.errors import FlexiError
 from flexi_plugins.integrations import llm_pruner, sliced
 from flexi_plugins.integrations.torch_pruning import FlexiImportance
 from flexi_plugins.metrics.greedy import Greedy
+from flexi_plugins.metrics.saap import Saap
 from flexi_plugins.modeling import FlexiForCausalLM
 from flexi_plugins.plugins import Plugins
 from flexi_plugins.pruner import Pruner
@@ -191,12 +193,18 @@ def test_the_residual_stream_and_the_vocabulary_are_left_alone() -> None:
         assert importance(group(module, side, [0, 1])) is None
 
 
-def test_scores_that_do_not_compare_blocks_are_standardised_within_them() -> None:
+@pytest.mark.parametrize("rule", ["auto", "undivided"])
+def test_scores_that_do_not_compare_blocks_are_standardised_within_them(rule: str, monkeypatch) -> None:
+    """Unless their metric has a rule of its own, as SAAP's have, which are standardised already."""
     model = tiny("llama-mha", num_hidden_layers=2)
+    expected = scored(model, "saap")
+    assert expected.rule == "undivided"
+    monkeypatch.setattr(Saap, "score", lambda *_: replace(expected, rule=rule))
     importance = FlexiImportance.on_tokens(model, WINDOWS, "saap")
-    for layer, scores in zip(model.model.layers, scored(model, "saap").mlp, strict=True):
+    for layer, scores in zip(model.model.layers, expected.mlp, strict=True):
         found = importance(group(layer.mlp.up_proj, "out", list(range(CHANNELS))))
-        assert close(found, (scores - scores.mean()) / scores.std(correction=0))
+        standardised = (scores - scores.mean()) / scores.std(correction=0)
+        assert close(found, standardised if rule == "auto" else scores)
 
 
 def test_texts_are_cut_into_windows_of_tokens(tmp_path: Path) -> None:
