@@ -41,6 +41,7 @@ from flexi_plugins.models import open_model
 from flexi_plugins.plugins import Plugins, check_compatible, options_json, options_of, own_knob
 from flexi_plugins.progress import Progress
 from flexi_plugins.recovered import planned_of
+from flexi_plugins.recovery.copies import seed_of
 from flexi_plugins.recovery.monitor import Trained
 from flexi_plugins.rewrite import PlanWeights, build_model, needed_tensors, with_digests, write_checkpoint
 
@@ -267,13 +268,14 @@ class Pruner:
         """Return what a model is trained on, what its loss is measured on meanwhile, and the digest of both.
 
         Both are of the part of the corpus that is for calibration, and share no window: which state is kept depends on the
-        second, so that nothing which is measured afterwards may be in it.
+        second, so that nothing which is measured afterwards may be in it. They are drawn by another seed than the windows
+        of calibration, to which the pruned model may have been fitted.
         """
         if setting not in self._texts:
             corpus = find_corpus(setting.corpus, {n: e.object for n, e in self.plugins.entries("corpus").items()})
             count = setting.held_out + setting.tokens // setting.length
             text, found = training_text(
-                corpus, "calibration", self.data, self.tokenizer, setting.length, count, self.seed
+                corpus, "calibration", self.data, self.tokenizer, setting.length, count, seed_of(self.seed, "training")
             )
             held_out, rest = (
                 TrainingText(text.ids[part], text.labels[part])

@@ -251,6 +251,8 @@ def test_text_to_train_on_and_text_to_choose_by_share_no_window_and_are_not_what
     measured, _ = token_windows(PythonDocs(), "held-out", None, own.tokenizer, 16, 200)
     found = [{tuple(w) for w in part.tolist()} for part in (text.ids, held_out.ids, torch.tensor(measured))]
     assert len(found[0] | found[1] | found[2]) == sum(map(len, found))
+    fitted, _ = token_windows(PythonDocs(), "calibration", None, own.tokenizer, 16, 5, own.seed)
+    assert {tuple(w) for w in fitted}.isdisjoint(found[1]), "calibration of the same seed and length"
     longer, same, _ = own.training_texts(replace(setting, tokens=320))
     assert torch.equal(same.ids, held_out.ids)
     assert torch.equal(longer.ids[:10], text.ids)
