@@ -115,6 +115,23 @@ def test_the_command_ends_with_status_1_and_says_which_choice_broke_a_bound(
     assert set(figures["rows"]) == {"float32", "bfloat16", "distances", "softmax"}
 
 
+def test_the_engine_s_default_is_held_to_stock_s_default_too(bench: Any) -> None:
+    """That stock rounds log-probabilities and the engine does not is no excuse."""
+    other = [document(0, -7.0, -3.0), *STOCK[1:]]
+
+    class Answers:
+        def by_engine(self, dtype: str, softmax: str) -> dict[Any, Any]:
+            return dict.fromkeys(bench.CELLS, other if (dtype, softmax) == ("bfloat16", "float32") else STOCK)
+
+        def by_stock(self, dtype: str, batch_size: int, softmax: str | None) -> dict[Any, Any]:
+            return dict.fromkeys(bench.CELLS, other if softmax == "float32" else STOCK)
+
+    rows, problems = bench.verify(Answers(), ("bfloat16",))
+    assert [row["acc: engine by default"] for row in rows["bfloat16"]] == [1] * len(bench.CELLS)
+    assert len(problems) == 2 * len(bench.CELLS), "acc and acc_norm"
+    assert "dense, the engine's softmax in float32 and stock's not, in bfloat16: 1 answers by acc" in problems[0]
+
+
 @pytest.mark.real
 @pytest.mark.data
 @pytest.mark.skipif(
