@@ -1,4 +1,4 @@
-"""From a ratio to the units that go: global ranking, protected blocks, floors, rounding to a multiple. Public."""
+"""From a ratio, scores or losses to what goes: global ranking, protected blocks, floors, rounding to a multiple. Public."""
 
 from __future__ import annotations
 

@@ -402,8 +402,10 @@ class Pruner:
         last = [course.facts for course in courses if course.facts][-1:]
         facts = dict(last[0]) if last else {}
         if len(courses) > 1:
-            facts |= {n: sum(c.facts.get(n, 0) for c in courses) for n in facts if n == "trained_tokens"}
-            facts |= {n: before + facts[n] for n in facts if n == "kept_tokens"}
+            if "trained_tokens" in facts:
+                facts["trained_tokens"] = sum(c.facts.get("trained_tokens", 0) for c in courses)
+            if "kept_tokens" in facts:
+                facts["kept_tokens"] += before
             facts |= {"trainings": sum(bool(c.curve) for c in courses), "tokens_before_last": before}
         said = {
             "method": method.name,

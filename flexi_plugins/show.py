@@ -108,7 +108,7 @@ def show_reports(plugins: Plugins, folder: Path) -> None:
 
 def show_recovery(recovery: Mapping[str, Any]) -> None:
     """Print what a training was: its tokens, and the held-out loss at its start and of the state that was kept."""
-    from flexi_plugins.store import course_of
+    from flexi_plugins.recovery.course import course_of
 
     typer.echo(course_of(recovery))
     for note in recovery["notes"]:

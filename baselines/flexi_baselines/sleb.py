@@ -38,10 +38,13 @@ class Sleb:
 
         blocks = range(len(request.shape.blocks))
         tried = self._tried(request.plan)
-        if not tried or min(self.early_barrier, self.latter_barrier) < 0:
+        barriers = f"{self.name}: early_barrier = {self.early_barrier}, latter_barrier = {self.latter_barrier}"
+        if min(self.early_barrier, self.latter_barrier) < 0:
+            raise FlexiError(f"{barriers}: expected 0 or more")
+        if not tried:
             raise FlexiError(
-                f"{self.name}: early_barrier = {self.early_barrier}, latter_barrier = {self.latter_barrier}: expected 0 or "
-                f"more, and a block between them that may go, found none of {len(blocks)}; lower the barriers or the ratio"
+                f"{barriers}: expected a block between them that may go, found none of {len(blocks)}; lower the barriers or "
+                "the ratio"
             )
         steps = [PruningPlan.keep(request.shape, (i for i in blocks if i != gone)) for gone in tried]
         found = request.quality([request.plan.compose(step) for step in steps], "loss")

@@ -125,27 +125,30 @@ def _draw_frontier(axes: Any, points: Sequence[Row], quality: str) -> None:
 
 
 def _draw_points(axes: Any, points: Sequence[Row]) -> None:
+    recovered = any(map(_recovered, points))
     pruned = [p for p in points if not ranking.is_dense(p)]
     dense = [p for p in points if ranking.is_dense(p)]
     colours = _assigned(pruned, "metric", COLOURS)
     markers = _assigned(pruned, "strategy", MARKERS)
     for point in dense:
-        axes.scatter(point["x"], point["y"], marker="*", s=190, zorder=3, **_filled(point, points, "black"))
+        axes.scatter(
+            point["x"], point["y"], marker="*", s=190, zorder=3, **_fill("black", recovered and not _recovered(point))
+        )
     for index, (metric, colour) in enumerate(colours.items()):
         size = 110 - 55 * index / max(len(colours) - 1, 1)  # nested: equal plans of several metrics all stay visible
         for row in (p for p in pruned if p["metric"] == metric):
             marker = markers[row["strategy"]]
-            axes.scatter(row["x"], row["y"], s=size, marker=marker, zorder=4 + index, **_filled(row, points, colour))
-    _draw_legend(axes, colours, markers, bool(dense), any(_recovered(p) for p in points))
+            fill = _fill(colour, recovered and not _recovered(row))
+            axes.scatter(row["x"], row["y"], s=size, marker=marker, zorder=4 + index, **fill)
+    _draw_legend(axes, colours, markers, bool(dense), recovered)
 
 
 def _recovered(row: Row) -> bool:
     return str(row.get("recovery") or "none") != "none"
 
 
-def _filled(row: Row, points: Sequence[Row], colour: str) -> dict[str, str]:
+def _fill(colour: str, hollow: bool) -> dict[str, str]:
     """Return the colours of a mark; where some models were recovered, those that were not are hollow."""
-    hollow = any(_recovered(p) for p in points) and not _recovered(row)
     return {"facecolor": "none", "edgecolor": colour} if hollow else {"facecolor": colour, "edgecolor": "white"}
 
 
