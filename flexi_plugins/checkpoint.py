@@ -394,7 +394,8 @@ def _single_file(folder: Path) -> Path:
     found = f"found {pickles[0]}, which is a pickle and is never loaded" if pickles else "found none"
     raise FlexiError(
         f"checkpoint: {folder}: expected model.safetensors or {INDEX}, {found}; use a revision with safetensors "
-        "(NAME@REVISION) or convert the folder with transformers' save_pretrained"
+        "(NAME@REVISION), or load the model with transformers (pickles of a hub repository are not fetched here), "
+        "save_pretrained to a folder, and give that"
     )
 
 

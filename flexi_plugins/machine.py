@@ -53,6 +53,14 @@ class Machine:
             raise FlexiError(f"device {self.device!r}: expected cpu or a GPU that torch can use: {reason}") from None
         return device
 
+    @property
+    def gpu(self) -> str:
+        """The name of the GPU that it runs on; empty on a CPU."""
+        import torch
+
+        device = self.torch_device
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
     def dtype(self, name: str = "auto") -> torch.dtype:
         """Return the compute dtype of a name; auto: bfloat16 where the device multiplies it natively, else float32."""
         import torch

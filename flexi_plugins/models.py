@@ -19,10 +19,13 @@ PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*",
 def open_model(name: str, family_of: FamilyOf) -> Checkpoint:
     """Open a model by name: ``smollm2-135m``, a folder, or a hub name, optionally NAME@REVISION. Safetensors only."""
     folder = locate(name)
-    if (folder / PLAN_FILE).is_file() and isinstance(read_config(folder), FlexiConfig):
+    if (folder / "config.json").is_file() and isinstance(read_config(folder), FlexiConfig):
+        plan = folder / PLAN_FILE
+        instead = f", and its plan: --plan {plan}" if plan.is_file() else ""
         raise FlexiError(
             f"model {name!r} is a FlexiForCausalLM: its blocks share weights or differ in width, so it is no model to start "
-            f"from; give the model that it was made from, and its plan: --plan {folder / PLAN_FILE}"
+            f"from; give the model that it was made from{instead}, or measure it as it is: python -m "
+            f"flexi_plugins.integrations.lm_eval run --model flexi --model_args pretrained={folder}"
         )
     return Checkpoint.from_folder(folder, family_of, name)
 

@@ -368,13 +368,14 @@ def _curve(record: Record) -> dict[str, Any] | None:
 # ----------------------------------------------------------------------------------------- provenance
 
 
-def environment() -> dict[str, str]:
-    """Return what results depend on beside the code: versions of Python and libraries, operating system, machine."""
+def environment(gpu: str = "") -> dict[str, str]:
+    """Return what results depend on beside the code: versions of Python and libraries, system, machine, the GPU if any."""
     found = {"python": platform.python_version()}
     for name in DISTRIBUTIONS:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-    return found | {"system": f"{platform.system()} {platform.release()}", "machine": _machine()}
+    found |= {"system": f"{platform.system()} {platform.release()}", "machine": _machine()}
+    return found | ({"gpu": gpu} if gpu else {})
 
 
 def _machine() -> str:

@@ -29,6 +29,7 @@ from flexi_plugins.integrations.torch_pruning import FlexiImportance
 from flexi_plugins.metrics.greedy import Greedy
 from flexi_plugins.metrics.saap import Saap
 from flexi_plugins.modeling import FlexiForCausalLM
+from flexi_plugins.models import open_model
 from flexi_plugins.plugins import Plugins
 from flexi_plugins.pruner import Pruner
 from flexi_plugins.rewrite import write_checkpoint
@@ -279,6 +280,8 @@ def test_a_sliced_model_becomes_a_folder_that_gives_its_answers(kind: str, tmp_p
     assert isinstance(loaded, FlexiForCausalLM)
     assert close(logits(loaded, tokens()), logits(model, tokens()))
     assert not (tmp_path / "pruned" / "plan.json").exists(), "what it was made from is not known"
+    with pytest.raises(FlexiError, match=r"give the model that it was made from, or measure it as it is: .*--model flexi"):
+        open_model(str(tmp_path / "pruned"), family_of)
 
 
 def test_a_sliced_model_is_pruned_further_like_any_other() -> None:

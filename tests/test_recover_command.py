@@ -101,12 +101,24 @@ def test_what_quantisation_leaves_lies_in_the_folder_and_is_no_weight_file(recov
 
 
 def test_an_extended_folder_is_trained_by_its_plan(recover: Recover, model: Path, text: Path, tmp_path: Path) -> None:
+    """By any method: repetitions run with the weights of the first run, whatever becomes of these, and with adapters."""
     words = ["extend", "--model", str(model), "--blocks", "8", "-o", str(tmp_path / "longer"), "--dtype", "float32"]
     done = CliRunner().invoke(app, [*words, "--corpus", f"file:{text}", "--output-gain", "0.1"])
     assert done.exit_code == 0, done.output
-    done = recover(tmp_path / "out", "--plan", str(tmp_path / "longer" / "plan.json"), method="adapters")
-    assert done.exit_code == 0, done.output
-    assert len(json.loads((tmp_path / "out" / "plan.json").read_text())["blocks"]) == 8
+    start = weights(tmp_path / "longer")
+    adapters = {name for name in start if "lora_" in name}
+    shared = "model.layers.2.mlp.down_proj.weight"
+    trained = {"adapters": set(adapters), "lora": {*adapters, shared}, "full": set(start), "group-quant": {shared}}
+    for method, names in trained.items():
+        done = recover(tmp_path / method, "--plan", str(tmp_path / "longer" / "plan.json"), method=method)
+        assert done.exit_code == 0, done.output
+        plan = PruningPlan.from_json(json.loads((tmp_path / method / "plan.json").read_text()))
+        assert len(plan.blocks) == 8
+        found = weights(tmp_path / method)
+        assert found.keys() == start.keys()
+        changed = {name for name in found if not torch.equal(found[name], start[name])}
+        assert names <= changed, (method, names - changed)
+        assert method in ("lora", "full", "adapters") or not adapters & changed
 
 
 def test_the_model_itself_is_trained_where_no_plan_is_named(recover: Recover, tmp_path: Path, model: Path) -> None:
@@ -144,13 +156,25 @@ def test_a_method_with_nothing_to_train_in_a_plan_says_so(recover: Recover, tmp_
     assert "this plan has no such blocks; take a plan of share-lora or extend" in str(done.exception)
 
 
-@pytest.mark.parametrize("windows", [8, 7], ids=["even", "uneven"])
-def test_two_processes_train_what_one_does(windows: int, model: Path, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "windows", "options"),
+    [
+        ("full", 8, ()),
+        ("full", 7, ()),
+        ("lora", 7, ("--recovery-option=dropout=0",)),
+        ("group-quant", 7, ("--recovery-option=group_size=8", "--recovery-option=learning_rate=0.001")),
+    ],
+)
+def test_two_processes_train_what_one_does(
+    method: str, windows: int, options: tuple[str, ...], model: Path, text: Path, tmp_path: Path
+) -> None:
     """On batches that each has half of; where they do not come out even nothing is seen twice."""
     store = Store(tmp_path / "plans")
     store.write_plan("k" * 64, PruningPlan.keep(Pruner(str(model)).checkpoint.shape, (0, 1, 2, 4)), {})
     (plan,) = (tmp_path / "plans" / "plans").glob("*.json")
-    words = arguments(model, text, tmp_path / "one", "full", 32 * windows, "--plan", str(plan), "--device", "cpu")
+    words = arguments(
+        model, text, tmp_path / "one", method, 32 * windows, *options, "--plan", str(plan), "--device", "cpu"
+    )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "flexi_plugins.cli"]
     for start, name in ((["-m", "flexi_plugins.cli"], "one"), (torchrun, "two")):

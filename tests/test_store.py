@@ -365,6 +365,8 @@ def test_the_environment_names_versions_and_machine():
     assert {"python", "transformers", "lm_eval", "flexi-plugins", "system"} <= found.keys()
     assert "cores" in found["machine"]
     assert all(isinstance(v, str) for v in found.values())
+    assert "gpu" not in found
+    assert store.environment("NVIDIA H100")["gpu"] == "NVIDIA H100"
 
 
 def git(folder, *arguments):

@@ -274,6 +274,22 @@ def test_distillation_after_each_merge_goes_on_with_the_trained_model(model: Pat
     assert end.measurements[0].value != each.measurements[0].value
 
 
+def test_a_quantised_models_record_says_what_is_packed_and_that_nothing_runs_packed(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    file = study(tmp_path, model, text, 'recovery = [{ name = "group-quant", group_size = 8 }]\ndense = false')
+    (record,) = run_study(file, tmp_path / "run")
+    assert record.status == "complete", record.reason
+    said = record.plan.origin["recovery"]
+    assert any("MiB packed" in note and "Nothing runs packed" in note for note in said["notes"])
+    (file,) = (tmp_path / "run" / "plans").glob("*.weights.packed")
+    assert said["facts"]["packed_bytes"] <= file.stat().st_size
+    table = rows([record])
+    assert table["packed_mib"][0] == pytest.approx(said["facts"]["stored_bytes"] / 2**20)
+    assert table["bits_per_weight"][0] == said["facts"]["bits_per_weight"]
+    assert "Nothing runs packed" in table["recovery_note"][0]
+
+
 def test_what_a_method_leaves_beside_its_checkpoints_is_kept_with_the_plan(
     model: Path, text: Path, tmp_path: Path
 ) -> None:

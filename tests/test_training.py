@@ -18,7 +18,7 @@ from flexi_plugins.data import PruningPlan
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.hookspecs import RecoveryRequest, TrainingText
 from flexi_plugins.recovery.copies import replaced, trainable, working_copy
-from flexi_plugins.recovery.monitor import Loss, Trained
+from flexi_plugins.recovery.monitor import Loss, Monitor, Trained
 from flexi_plugins.recovery.options import Steps, TrainingOptions, rate
 from flexi_plugins.recovery.training import next_token_loss, train
 
@@ -241,6 +241,23 @@ def test_the_budget_is_spent_once_in_the_order_of_the_text(tmp_path: Path) -> No
     assert "84 of 84 tokens, loss " in said[-1]
     assert "held out loss" in said[-1]
     assert "s left" in said[-1]
+
+
+def test_the_time_that_is_left_is_that_of_the_tokens_since_this_process_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training that was taken up after 2 of 8 steps has done 3 more in 6 seconds: 6 s for the 3 that are left."""
+    said: list[str] = []
+    request = ask(tmp_path, say=said.append)
+    monitor = Monitor(request, FAST, "test", Steps.of(16 * LENGTH, LENGTH, FAST, 1), next_token_loss, next_token_loss)
+    monitor.begun = 100.0, 2 * STEP
+    monkeypatch.setattr("flexi_plugins.recovery.monitor.time.monotonic", lambda: 106.0)
+    monitor.point(2, (0.0, 0.0), 3.0)
+    monitor.point(5, (40.0, 20.0), 2.5)
+    assert said == [
+        "test: 48 of 192 tokens, held out loss 3.0000",
+        "test: 120 of 192 tokens, loss 2.0000, held out loss 2.5000, about 6 s left",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ WORDS = (
     "source",
     "note",
 )
-MACHINE = ("machine", "system")  # versions that are not of software
+MACHINE = ("machine", "gpu", "system")  # versions that are not of software
 
 SIZES_EXPLAINED = (
     "Ratio: the share of stored parameters that was to go; true ratio: that is gone. Stored: what a checkpoint holds, "
