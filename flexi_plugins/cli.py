@@ -307,7 +307,9 @@ def evaluate(
     ] = "python-docs",
     window: Annotated[int, typer.Option("--window", help="Perplexity window, tokens.")] = 512,
     tokens: Annotated[int, typer.Option("--tokens", help="Perplexity tokens.")] = 8192,
-    efficiency: Annotated[bool, typer.Option("--efficiency", help="Measure speed and memory, on the CPU, as well.")] = False,
+    efficiency: Annotated[
+        bool, typer.Option("--efficiency", help="Measure speed and memory, on the CPU, as well.")
+    ] = False,
     data: Data = None,
     dtype: Dtype = "auto",
     device: Device = "auto",

@@ -807,7 +807,8 @@ class PluginVersion:
 class Cell:
     """One point of a grid. Its hash names its record: with other inputs, options or plugin versions it is another record.
 
-    A change of code alone is none: whoever changes what a plugin gives, changes its version. ``options`` holds every option of every plugin in the cell and of calibration and evaluation, as canonical JSON.
+    A change of code alone is none: whoever changes what a plugin gives, changes its version. ``options`` holds every
+    option of every plugin in the cell and of calibration and evaluation, as canonical JSON.
     """
 
     model: str

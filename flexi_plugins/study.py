@@ -291,7 +291,8 @@ class Study:
             seconds={k: round(v, 3) for k, v in work.seconds.items()},
             shared_with=work.shared_with,
             peak_memory_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
-            versions=environment(self.machine.gpu) | {k: v for o in work.outcomes.values() for k, v in o.versions.items()},
+            versions=environment(self.machine.gpu)
+            | {k: v for o in work.outcomes.values() for k, v in o.versions.items()},
             commit=revision,
             dirty=dirty,
             date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

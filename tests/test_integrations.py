@@ -280,7 +280,9 @@ def test_a_sliced_model_becomes_a_folder_that_gives_its_answers(kind: str, tmp_p
     assert isinstance(loaded, FlexiForCausalLM)
     assert close(logits(loaded, tokens()), logits(model, tokens()))
     assert not (tmp_path / "pruned" / "plan.json").exists(), "what it was made from is not known"
-    with pytest.raises(FlexiError, match=r"give the model that it was made from, or measure it as it is: .*--model flexi"):
+    with pytest.raises(
+        FlexiError, match=r"give the model that it was made from, or measure it as it is: .*--model flexi"
+    ):
         open_model(str(tmp_path / "pruned"), family_of)
 
 
