@@ -44,7 +44,7 @@ demo: $(INSTALLED)
 	$(BIN)/flexi run baselines/recipes/demo.toml
 
 test: $(INSTALLED) lint
-	$(BIN)/python -m pytest -q --durations=15
+	$(BIN)/python -m pytest -q --durations=15 --numprocesses=logical --maxprocesses=4 --dist=loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any, cast
 
@@ -136,9 +137,14 @@ class Calibrator:
         asked = [_until(planned, position), _until(target, end)]
         for _ in self.sweeper.sweep(asked, [Batch(b.ids) for b in self.batches], keep=True):
             pass
+        for index, part in enumerate(asked):
+            self.sweeper.check_finite(part.plan, index)
         observer = _ForwardObserver(self.sweeper, planned, [], {position}, self.batches)
         behind = self.sweeper.prefixes.of(target.plan)[end + 1]
-        with torch.no_grad():
+        assert self.sweeper.laid is not None
+        reading = self.blocks.stream([self.blocks.needs(planned.plan, position)], self.sweeper.laid.weight_bytes)
+        with torch.no_grad(), closing(reading):
+            next(reading)
             for batch in range(len(self.batches)):
                 hidden = observer.entering(batch, position)
                 _, trace = observer.traced(batch, position, hidden, self.blocks.arguments(hidden))

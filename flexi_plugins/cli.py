@@ -251,7 +251,7 @@ def recover(
         str, typer.Option("--training-corpus", help="Text to train on: a corpus name or file:PATH.")
     ] = "python-docs",
     length: Annotated[int, typer.Option("--length", help="Tokens of a training window.")] = 256,
-    tokens: Annotated[int, typer.Option("--tokens", help="Tokens to train on.")] = 65_536,
+    tokens: Annotated[int, typer.Option("--tokens", help="Tokens to train on.")] = 24_576,
     held_out: Annotated[int, typer.Option("--held-out", help="Windows to measure the loss on meanwhile.")] = 16,
     corpus: Corpus = "python-docs",
     seed: Seed = 0,
@@ -267,11 +267,14 @@ def recover(
     a strategy the model itself is trained. Under torchrun several processes train together.
 
     \b
-    Example: flexi recover --plan plan.json --method lora --tokens 65536 -o recovered/
+    Example: flexi recover --plan plan.json --method lora --tokens 24576 -o recovered/
     """
+    from dataclasses import asdict
+
     from flexi_plugins.corpora.files import find_corpus
+    from flexi_plugins.data import digest
     from flexi_plugins.machine import first_process, take_own_gpu
-    from flexi_plugins.plugins import Plugins
+    from flexi_plugins.plugins import Plugins, options_json
     from flexi_plugins.pruner import Training
 
     _check_new(output)
@@ -284,11 +287,13 @@ def recover(
     setting = Training(training_corpus, length, tokens, held_out)
     take_own_gpu()
     pruner = _pruner(model, corpus, seed, data, dtype, device, memory)
+    pruner.check_recovery(chosen)
     checkpoints = output.with_name(f"{output.name}.training")
     made, by = _kept_plan(pruner, asked, checkpoints)
-    trained = pruner.recover(made, chosen, setting, checkpoints, by)
+    left = checkpoints / digest([method, options_json(chosen), asdict(setting)])[:12]
+    trained = pruner.recover(made, chosen, setting, left, by)
     if first_process():
-        _write_trained(pruner, trained, checkpoints, output)
+        _write_trained(pruner, trained, checkpoints, left, output)
         show_written(trained.plan, pruner.checkpoint, output, as_json)
 
 
@@ -323,7 +328,6 @@ def evaluate(
     """
     from flexi_plugins.data import PruningPlan
     from flexi_plugins.evaluation import Measurer
-    from flexi_plugins.execution.likelihoods import NoJournal
     from flexi_plugins.execution.sweep import Planned
     from flexi_plugins.hookspecs import Candidate
 
@@ -341,7 +345,7 @@ def evaluate(
     candidate = Candidate(model, planned.plan)
     with (
         tempfile.TemporaryDirectory(prefix="flexi-eval-") as folder,
-        Measurer(pruner, NoJournal(), Path(folder), [planned]) as measurer,
+        Measurer(pruner, None, Path(folder), [planned]) as measurer,
     ):
         outcomes = [next(measurer.run(measure, [candidate])) for measure in chosen]
     show_outcomes(outcomes, as_json)
@@ -641,14 +645,14 @@ def _write_model(pruner: Pruner, planned: Planned, output: Path, as_json: bool) 
     show_written(planned.plan, pruner.checkpoint, output, as_json)
 
 
-def _write_trained(pruner: Pruner, trained: Planned, checkpoints: Path, output: Path) -> None:
-    """Write a trained model beside its checkpoints, with the files that its method left there, then move it in place."""
+def _write_trained(pruner: Pruner, trained: Planned, checkpoints: Path, left: Path, output: Path) -> None:
+    """Write a trained model beside its checkpoints, with the files that its method left, then move it in place."""
     import shutil
 
     unfinished = checkpoints / "model"
     shutil.rmtree(unfinished, ignore_errors=True)
     pruner.write(trained, unfinished)
-    for file in checkpoints.glob("*"):
+    for file in left.glob("*"):
         if file.is_file():
             shutil.move(file, unfinished / file.name)
     unfinished.rename(output)

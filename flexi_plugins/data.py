@@ -427,7 +427,8 @@ class PruningPlan:
         if remade is not None:
             raise FlexiError(
                 f"compose: block {position} takes units of block {remade.sources[0]}, which has tensors of its own "
-                f"({remade.own[0]})"
+                f"({remade.own[0]}), made by a strategy or trained: it can stay or go, and not be merged or cut any more. Do "
+                "that first, or train once at the end"
             )
         if any(r.gain != 1.0 for r in inner[1:]):
             raise FlexiError(f"compose: block {position} merges blocks with gains; apply the gains last")

@@ -26,7 +26,7 @@ from flexi_plugins.studyfile import Measure
 class Measurer:
     """Measures planned models of one pruner's checkpoint; a context, at whose end exported folders go away."""
 
-    def __init__(self, pruner: Pruner, journal: AnswerJournal, folder: Path, planned: Sequence[Any]) -> None:
+    def __init__(self, pruner: Pruner, journal: AnswerJournal | None, folder: Path, planned: Sequence[Any]) -> None:
         self.pruner, self.journal, self.folder = pruner, journal, folder
         self.planned: dict[str, Planned] = {p.plan.hash: p for p in planned}
         self.sweeper = Sweeper(pruner.blocks, pruner.progress.say)

@@ -435,8 +435,8 @@ class RecoveryRequest:
 class Recovered:
     """What a recovery method gives back.
 
-    curve: points of the training in order, mappings with ``tokens`` and any of ``loss`` (mean over the tokens since the
-    last point, nats per token, of what the method minimises), ``held_out_loss`` (next-token, nats per token) and, where the
+    curve: points of the training in order, mappings with ``tokens`` and any of ``loss`` (what the method minimises, in
+    its unit, mean over the tokens since the last point), ``held_out_loss`` (next-token, nats per token) and, where the
     model does not run as a whole, ``held_out_block_loss`` (what the method minimises, on the held-out text). facts: what
     is to stand in the record (trained parameters, bits, stored bytes of packed weights). notes: for people (that
     training diverged and was stopped, for instance).

@@ -73,10 +73,10 @@ class Machine:
             native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if native else torch.float32
 
-    def budget(self) -> tuple[int, int]:
-        """Return the bytes that weights, hidden states and working space may take from now on, and what is taken before.
+    def budget(self) -> tuple[int, int, float]:
+        """Return the bytes that weights, hidden states and working space may take from now on; what is taken before.
 
-        Together they are the limit, where one was given; without one nothing counts as taken.
+        Third, the share of a limit that can be used: (used + left) / share is the limit that leaves so much.
         """
         import psutil
         import torch
@@ -86,10 +86,8 @@ class Machine:
             used = torch.cuda.memory_allocated(self.torch_device)
         else:
             free, used = psutil.virtual_memory().available, psutil.Process().memory_info().rss
-        if self.memory is None:
-            return int(free * FREE_SHARE), 0
-        left = int(self.memory * LIMIT_SHARE) - used
-        return left, self.memory - left
+        left = int(free * FREE_SHARE) if self.memory is None else int(self.memory * LIMIT_SHARE) - used
+        return left, used, LIMIT_SHARE
 
 
 def parse_memory(text: str) -> int:

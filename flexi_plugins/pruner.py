@@ -43,6 +43,7 @@ from flexi_plugins.progress import Progress
 from flexi_plugins.recovered import planned_of
 from flexi_plugins.recovery.copies import seed_of
 from flexi_plugins.recovery.monitor import Trained
+from flexi_plugins.recovery.options import TrainingOptions, unfit
 from flexi_plugins.rewrite import PlanWeights, build_model, needed_tensors, with_digests, write_checkpoint
 
 
@@ -63,7 +64,7 @@ class Training:
 
     corpus: str = "python-docs"
     length: int = 256
-    tokens: int = 65_536
+    tokens: int = 24_576  # python-docs has some more
     held_out: int = 16
 
     def __post_init__(self) -> None:
@@ -268,8 +269,8 @@ class Pruner:
         """Return what a model is trained on, what its loss is measured on meanwhile, and the digest of both.
 
         Both are of the part of the corpus that is for calibration, and share no window: which state is kept depends on the
-        second, so that nothing which is measured afterwards may be in it. They are drawn by another seed than the windows
-        of calibration, to which the pruned model may have been fitted.
+        second, so that nothing which is measured afterwards may be in it, nor a window of calibration, to which the pruned
+        model may have been fitted. Of the windows drawn, the first that are none make it up.
         """
         if setting not in self._texts:
             corpus = find_corpus(setting.corpus, {n: e.object for n, e in self.plugins.entries("corpus").items()})
@@ -277,12 +278,29 @@ class Pruner:
             text, found = training_text(
                 corpus, "calibration", self.data, self.tokenizer, setting.length, count, seed_of(self.seed, "training")
             )
+            seen = self._calibrated(setting, text)
+            order = sorted(range(count), key=seen.__contains__)  # in their order otherwise
             held_out, rest = (
                 TrainingText(text.ids[part], text.labels[part])
-                for part in (slice(setting.held_out), slice(setting.held_out, None))
+                for part in (order[: setting.held_out], order[setting.held_out :])
             )
-            self._texts[setting] = rest, held_out, digest([found, setting.held_out])
+            self._texts[setting] = rest, held_out, digest([found, setting.held_out, *sorted(seen)])
         return self._texts[setting]
+
+    def _calibrated(self, setting: Training, text: TrainingText) -> set[int]:
+        """Return which windows of a text to train on are windows of calibration too."""
+        if (setting.corpus, setting.length) != (self.calibration.corpus, self.calibration.length):
+            return set()
+        known = {tuple(row) for row in self.texts[0].tolist()}
+        return {index for index, row in enumerate(text.ids.tolist()) if tuple(row) in known}
+
+    def check_recovery(self, method: RecoveryMethod) -> None:
+        """Raise a FlexiError for options of a method that cannot work, and where nothing can be trained here."""
+        method.check()
+        device, dtype = str(self.machine.torch_device), str(self.dtype).removeprefix("torch.")
+        problems = list(unfit(device, dtype)) if isinstance(method, TrainingOptions) else []
+        if problems:
+            raise FlexiError(f"{method.name}: {'; '.join(problems)}")
 
     def recover(
         self,
@@ -298,7 +316,7 @@ class Pruner:
         metric and the strategy of the plan; methods that are ``interleaved`` make it again with them, step by step.
         """
         chosen = self._plugin("recovery", method)
-        chosen.check()
+        self.check_recovery(chosen)
         planned = self.attach(plan) if isinstance(plan, PruningPlan) else plan
         reason = refusal(chosen, planned.plan, made_by[1] if made_by else None)
         if reason:
@@ -328,8 +346,8 @@ class Pruner:
         """
         text, held_out, _ = self.training_texts(setting)
         steps = made.origin["steps"]
-        windows = setting.tokens // steps // setting.length
-        if not windows:
+        windows = setting.tokens // setting.length
+        if windows < steps:
             raise FlexiError(
                 f"{method.name}: {setting.tokens:,} tokens in windows of {setting.length} are less than one window for each of "
                 f"{steps} steps; expected at least {steps * setting.length:,} tokens"
@@ -341,9 +359,13 @@ class Pruner:
                 note = f"step {step} is not trained: without training there were {steps}, which have shared the text"
                 courses.append(Trained(notes=(note,)))
                 return planned
-            share = slice((step - 1) * windows, step * windows)
+            reason = method.refuses(planned.plan)
+            if reason:
+                courses.append(Trained(notes=(f"step {step} is not trained: {reason}",)))
+                return planned
+            share = slice((step - 1) * windows // steps, step * windows // steps)
             part, place = TrainingText(text.ids[share], text.labels[share]), folder / f"step-{step}"
-            trained, course = self._trained(planned, method, part, held_out, windows * setting.length, place)
+            trained, course = self._trained(planned, method, part, held_out, part.ids.numel(), place)
             courses.append(course)
             return trained
 
@@ -426,19 +448,19 @@ class Pruner:
         One sweep, in which each weight is read once, however many rows there are.
         """
         identity = self._original.plan
-        shorter = Planned(replace(identity, blocks=identity.blocks[: max(blocks) + 1]))
         found: dict[int, list[Tensor]] = {block: [] for block in blocks}
         batches = [Batch(part) for part in ids.split(max(1, BATCH_TOKENS // ids.shape[1]))]
         if -1 in found:
             found[-1] = [self.blocks.embed(batch.ids) for batch in batches]
 
         def noting(batch: int, position: int, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-            states = self.blocks.run(shorter.plan, position, {}, hidden, arguments)
+            states = self.blocks.run(identity, position, {}, hidden, arguments)
             if position in found:
                 found[position].append(states)
             return states
 
-        if shorter.plan.blocks:
+        if max(blocks) >= 0:
+            shorter = Planned(replace(identity, blocks=identity.blocks[: max(blocks) + 1]))
             sweeper = Sweeper(self.blocks)
             for _ in sweeper.sweep([shorter], batches, hook=noting):
                 pass

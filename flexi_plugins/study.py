@@ -56,6 +56,8 @@ class Study:
         """Run every cell that has no complete record; return the records of all cells of the study."""
         self.check_reach()
         works = self.works()
+        for method in {id(w.recovery): w.recovery for w in works if w.recovery}.values():
+            self.pruners[self.file.seeds[0]].check_recovery(method)
         self.store.select(w.cell for w in works)
         todo = [w for w in works if not self._is_done(w.cell)]
         self.progress.say(f"study {self.file.name}: {len(works)} cells, {len(works) - len(todo)} of them done before")

@@ -65,7 +65,7 @@ class TrainingTable(Strict):
 
     corpus: str = "python-docs"
     length: int = Field(256, ge=2)
-    tokens: int = Field(65_536, ge=1)
+    tokens: int = Field(24_576, ge=1)
     held_out: int = Field(16, ge=1)  # windows that the loss is measured on meanwhile
 
 

@@ -6,12 +6,14 @@ The second distribution is installed here, and need not be elsewhere: its own te
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from studies import make_model, make_text
 
 
@@ -23,6 +25,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def threads() -> Iterator[None]:
+    """Share the cores among the processes of pytest-xdist, and with what is started from here."""
+    count = max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+    torch.set_num_threads(count)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", str(count))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

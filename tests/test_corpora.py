@@ -184,6 +184,13 @@ def test_alpaca_rows_are_put_into_its_template():
     assert "Input" not in hub.instruction_of({**row, "input": ""})
 
 
+def test_instructions_in_a_file_begin_alike_whatever_is_in_front_of_them():
+    texts = [hub.instruction_of({"instruction": f"Add {i}.", "input": "", "output": "3"}) for i in range(3)]
+    assert hub.documents("\n\n" + "\n\n".join(texts)) == texts
+    with pytest.raises(FlexiError, match="its file is empty; expected instructions in Alpaca's template"):
+        hub.documents("\n\n")
+
+
 @needs_data
 def test_local_wikitext2_has_two_different_parts():
     data = Path(str(DATA))

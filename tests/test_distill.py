@@ -22,6 +22,7 @@ from flexi_plugins.progress import Progress
 from flexi_plugins.recovery import distill
 from flexi_plugins.recovery.blockwise import summed
 from flexi_plugins.recovery.correspondence import Run, correspondences
+from flexi_plugins.recovery.course import course_of
 from flexi_plugins.recovery.distill import Distill, token_losses
 from flexi_plugins.recovery.monitor import Trained
 
@@ -565,7 +566,10 @@ def test_a_stopped_training_counts_with_its_last_point():
         {"tokens": 10, "held_out_block_loss": 4.0, "loss": 6.0},
         {"tokens": 20, "held_out_block_loss": 2.5, "loss": 4.0},
     )
-    assert total == {"trained_parameters": 6.0, "trained_tokens": 20.0, "kept_tokens": 10.0}
+    kept = {"kept_tokens": 10.0, "kept_held_out_block_loss": 2.5}
+    assert total == {"trained_parameters": 6.0, "trained_tokens": 20.0, **kept}
+    said = course_of({"method": "theirs", "facts": total, "training": {"tokens": 20}, "curve": curve})
+    assert said.endswith("on 20 tokens: held-out loss of blocks 8.0000 -> 2.5000, of the state after 10"), said
 
 
 @pytest.mark.parametrize(

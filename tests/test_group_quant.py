@@ -206,6 +206,15 @@ def test_zero_factors_absorb_the_adapters_exactly(kind, pooling):
         assert torch.equal(merged[name].scales, before.scales)
 
 
+def test_zero_factors_of_float16_keep_a_shift_below_their_step_on_average():
+    """To the nearest, a hundredth of a step would be lost in every one of them."""
+    packed = quantise(normal(64, 64), 4, 8, "float16")
+    shift = torch.full(packed.zeros.shape, 1e-5)
+    moved = [packed.shifted(shift, seed).zeros.float() - packed.zeros.float() for seed in range(40)]
+    assert float(torch.stack(moved).mean()) == pytest.approx(1e-5, rel=0.3)
+    assert torch.equal(packed.shifted(shift, 3).zeros, packed.shifted(shift, 3).zeros)
+
+
 def test_a_block_that_shares_weights_runs_with_its_donors_adapter():
     model, method = tiny("llama-mha"), GroupQuant(group_size=10, rank=4)
     plan, attached = attached_for(sharing(opened(model).shape, {3: 1}))

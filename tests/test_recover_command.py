@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 
 from flexi_plugins.cli import app
 from flexi_plugins.data import PruningPlan
+from flexi_plugins.errors import FlexiError
 from flexi_plugins.pruner import Pruner
 from flexi_plugins.show import show_recovery
 from flexi_plugins.store import Store
@@ -100,6 +101,22 @@ def test_what_quantisation_leaves_lies_in_the_folder_and_is_no_weight_file(recov
     assert [p.name for p in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
 
 
+def test_what_another_training_left_beside_its_checkpoints_is_not_taken(
+    recover: Recover, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pruner, "write", stopped)
+        recover(tmp_path / "out", *MERGED, "--recovery-option=group_size=8", method="group-quant")
+    assert list((tmp_path / "out.training").glob("*/weights.packed"))
+    done = recover(tmp_path / "out", *MERGED)
+    assert done.exit_code == 0, done.output
+    assert not (tmp_path / "out" / "weights.packed").exists()
+    assert not (tmp_path / "out.training").exists()
+
+
 def test_an_extended_folder_is_trained_by_its_plan(recover: Recover, model: Path, text: Path, tmp_path: Path) -> None:
     """By any method: repetitions run with the weights of the first run, whatever becomes of these, and with adapters."""
     words = ["extend", "--model", str(model), "--blocks", "8", "-o", str(tmp_path / "longer"), "--dtype", "float32"]
@@ -149,6 +166,21 @@ def test_what_cannot_work_is_said_before_a_model_is_opened(
     monkeypatch.setattr(Pruner, "__init__", lambda *_, **__: pytest.fail("opened"))
     done = recover(tmp_path / "out", *words)
     assert message in str(done.exception)
+
+
+def test_a_dtype_that_nothing_can_be_trained_in_is_refused_before_a_plan_is_made(
+    recover: Recover, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pruner, "make", lambda *_: pytest.fail("planned"))
+    words = ("--dtype", "float16", "--device", "cpu")
+    with pytest.raises(FlexiError, match="lora: float16 can be trained in on a GPU alone"):
+        raise recover(tmp_path / "out", *MERGED, *words).exception or AssertionError
+    training = f'\n[training]\ncorpus = "file:{text}"\nlength = 32\ntokens = 256\nheld_out = 2\n'
+    more = 'recovery = ["none", "lora"]'
+    file = make_study(tmp_path / "s.toml", model, text, ["come"], ["concat-merge"], more=more, end=training)
+    file.write_text(file.read_text().replace('dtype = "float32"', 'dtype = "float16"'))
+    with pytest.raises(FlexiError, match="lora: float16 can be trained in on a GPU alone"):
+        run_study(file, tmp_path / "run")
 
 
 def test_a_method_with_nothing_to_train_in_a_plan_says_so(recover: Recover, tmp_path: Path) -> None:

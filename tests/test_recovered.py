@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ from tiny import attached_for, change, close, logits, opened, sharing, tiny, tok
 from torch import nn
 
 from flexi_plugins import hookimpl, recovered
+from flexi_plugins.cli import recover
 from flexi_plugins.corpora.python_docs import PythonDocs
 from flexi_plugins.corpora.training import training_text
 from flexi_plugins.corpora.windows import token_windows
@@ -24,9 +26,10 @@ from flexi_plugins.execution.schedule import count_blocks
 from flexi_plugins.execution.sweep import Planned
 from flexi_plugins.hookspecs import IGNORED, Recovered, RecoveryMethod, RecoveryRequest
 from flexi_plugins.plugins import Plugins
-from flexi_plugins.pruner import Training
+from flexi_plugins.pruner import Calibration, Pruner, Training
 from flexi_plugins.recovered import planned_of
 from flexi_plugins.rewrite import build_model, write_checkpoint
+from flexi_plugins.studyfile import TrainingTable
 from flexi_plugins.testing.bench import TinyPruner
 from flexi_plugins.testing.models import tiny_checkpoint, tiny_tokenizer
 
@@ -258,6 +261,19 @@ def test_text_to_train_on_and_text_to_choose_by_share_no_window_and_are_not_what
     assert torch.equal(longer.ids[:10], text.ids)
 
 
+def test_windows_of_calibration_are_trained_on_before_they_choose_a_state(own: TinyPruner) -> None:
+    setting = Training(length=16, tokens=160, held_out=5)
+    text, held_out, found = own.training_texts(setting)
+    own.texts = torch.cat([held_out.ids[1:3], text.ids[:1]]), held_out.ids, ""
+    for length in (8, 16):  # of windows of another length nobody can say which they share
+        own._texts.clear()
+        own.calibration = Calibration(length=length)
+        again, chosen, other = own.training_texts(setting)
+        assert (other == found) == torch.equal(chosen.ids, held_out.ids) == (length == 8)
+    assert torch.equal(chosen.ids, torch.cat([held_out.ids[[0, 3, 4]], text.ids[1:3]]))
+    assert torch.equal(again.ids, torch.cat([text.ids[3:], held_out.ids[1:3], text.ids[:1]]))
+
+
 @pytest.mark.parametrize(("name", "least"), [("length", 2), ("tokens", 0), ("held_out", 1)])
 def test_numbers_that_no_text_has_are_refused(name: str, least: int) -> None:
     with pytest.raises(FlexiError, match=rf"training: {name} = {least - 1}, expected {least} or more"):
@@ -270,6 +286,7 @@ def test_the_teachers_states_are_those_of_the_original(own: TinyPruner) -> None:
         layer.register_forward_hook(lambda _, args, out: seen.append(out))
     ids = own.texts[0][:2]
     logits(model, ids)
+    assert close(own.teacher(ids, [-1])[-1], model.model.embed_tokens(ids))
     found = own.teacher(ids, [-1, 0, 4])
     assert close(found[-1], model.model.embed_tokens(ids))
     assert close(found[0], seen[0])
@@ -297,7 +314,8 @@ class Instructions:
 
 def test_of_instructions_only_the_response_has_a_loss() -> None:
     tokenizer = tiny_tokenizer()
-    text, _ = training_text(Instructions(), "calibration", None, tokenizer, 10, 3, None)
+    seed = 4  # which leaves three windows in their order
+    text, _ = training_text(Instructions(), "calibration", None, tokenizer, 10, 3, seed)
     ids, labels = text.ids.flatten().tolist(), text.labels.flatten().tolist()
     stream = "ask:a>yes|ask:bb>no|ask:c>maybe|"
     expected = [tokenizer.eos_token_id if c == "|" else tokenizer(c)["input_ids"][0] for c in stream][:30]
@@ -316,7 +334,7 @@ def test_a_document_is_tokenised_as_a_whole_with_what_begins_a_text() -> None:
     made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
-    text, _ = training_text(Instructions(("a:b>yes", "c:>", "c:>no")), "calibration", None, tokenizer, 18, 1, None)
+    text, _ = training_text(Instructions(("a:b>yes", "c:>", "c:>no")), "calibration", None, tokenizer, 18, 1, 0)
     said = [
         "".join(marks[i] if i >= 0 else "_" for i in row) for row in (text.ids[0].tolist(), text.labels[0].tolist())
     ]
@@ -336,6 +354,23 @@ def test_plain_text_has_a_loss_everywhere_and_an_order_of_its_seed() -> None:
 
 def test_what_is_wrong_with_a_text_is_said() -> None:
     with pytest.raises(FlexiError, match="expected at least 9 windows of 10 tokens, found 32 tokens"):
-        training_text(Instructions(), "calibration", None, tiny_tokenizer(), 10, 9, None)
+        training_text(Instructions(), "calibration", None, tiny_tokenizer(), 10, 9, 0)
     with pytest.raises(FlexiError, match="no document has a response behind '>'"):
-        training_text(Instructions(("ask",)), "calibration", None, tiny_tokenizer(), 2, 1, None)
+        training_text(Instructions(("ask",)), "calibration", None, tiny_tokenizer(), 2, 1, 0)
+    endless = tiny_tokenizer()
+    endless.eos_token = None
+    with pytest.raises(FlexiError, match="the tokenizer has no end-of-text token"):
+        training_text(Instructions(), "calibration", None, endless, 10, 3, 0)
+
+
+@pytest.mark.real
+def test_the_default_text_is_enough_for_the_default_training() -> None:
+    """Whether asked for by the command line, a study file or in Python."""
+    setting = Training()
+    text, held_out, _ = Pruner("smollm2-135m").training_texts(setting)
+    assert text.ids.numel() == setting.tokens
+    assert held_out.ids.shape == (setting.held_out, setting.length)
+    assert TrainingTable().model_dump() == asdict(setting)
+    options = inspect.signature(recover).parameters
+    assert (options["tokens"].default, options["length"].default) == (setting.tokens, setting.length)
+    assert (options["training_corpus"].default, options["held_out"].default) == (setting.corpus, setting.held_out)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+import io
 import math
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +30,7 @@ from flexi_plugins.execution.likelihoods import likelihoods
 from flexi_plugins.execution.readout import Answer, Batch
 from flexi_plugins.execution.states import LARGE, States
 from flexi_plugins.execution.sweep import Planned, Sweeper
+from flexi_plugins.machine import Machine, parse_memory
 from flexi_plugins.metrics import come, flexigpt, saap
 from flexi_plugins.rewrite import with_digests, write_checkpoint
 
@@ -79,8 +84,9 @@ def test_any_memory_gives_the_same_answers_and_reads_what_was_announced(folder: 
     said: list[str] = []
     sweeper = Sweeper(Blocks(checkpoint, memory=memory), said.append)
     before = checkpoint.bytes_read
-    layout = sweeper.layout(planned, batches())
     assert dict(sweeper.sweep(planned, batches())) == expected
+    layout = sweeper.laid
+    assert layout is not None
     assert checkpoint.bytes_read - before == layout.reads
     assert said == ([str(layout)] if layout.streamed else [])
     assert sweeper.blocks.states.held == 0, "no state outlives the sweep"
@@ -90,10 +96,11 @@ def test_the_tightest_memory_runs_several_groups_and_spills(folder: Path) -> Non
     planned = zoo(open_folder(folder).shape)
     memory = least(lambda m: Blocks(open_folder(folder), memory=m), lambda b: swept(b, planned))
     blocks = Blocks(open_folder(folder), memory=memory)
-    layout = Sweeper(blocks).layout(planned, batches())
-    assert layout.streamed
-    assert len(layout.groups) == 4
-    swept(blocks, planned)
+    sweeper = Sweeper(blocks)
+    assert len(dict(sweeper.sweep(planned, batches()))) == 4
+    assert sweeper.laid is not None
+    assert sweeper.laid.streamed
+    assert len(sweeper.laid.groups) == 4
     assert blocks.states.spilled > 0
 
 
@@ -112,8 +119,10 @@ def streamed(folder: Path, planned: list[Planned], room: float = 0.0) -> tuple[C
     memory = least(lambda m: Blocks(open_folder(folder), memory=m), lambda b: swept(b, planned))
     blocks = Blocks(checkpoint, memory=memory + int(room * sum(Blocks(checkpoint).sizes.values())))
     before = checkpoint.bytes_read
-    layout = Sweeper(blocks).layout(planned, batches(1))
-    swept(blocks, planned, 1)
+    sweeper = Sweeper(blocks)
+    assert len(dict(sweeper.sweep(planned, batches(1)))) == 1
+    layout = sweeper.laid
+    assert layout is not None
     assert layout.streamed
     assert checkpoint.bytes_read - before == layout.reads
     return checkpoint, layout
@@ -231,8 +240,9 @@ def test_a_full_disk_is_an_error_that_says_what_to_do(folder: Path, monkeypatch:
     assert blocks.states.held == 0
 
 
-def test_spilled_states_leave_no_file_behind(tmp_path: Path) -> None:
-    states = States(100, str(tmp_path))
+def test_spilled_states_leave_no_file_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    states = States(100)
     for number in range(5):
         states.put(number, torch.full((20,), float(number)))
     assert [float(states.get(n)[0]) for n in range(5)] == [0, 1, 2, 3, 4]
@@ -244,6 +254,102 @@ def test_spilled_states_leave_no_file_behind(tmp_path: Path) -> None:
     assert [float(states.get(n)[0]) for n in (7, 0, 4, 2, 1)] == [7, 0, 4, 2, 1]
     assert states.held == 0
     assert not list(tmp_path.iterdir())
+
+
+class InParts(io.FileIO):
+    """A file that takes and gives seven bytes at once, as a real one does 2 GiB."""
+
+    def write(self, data: Any) -> int:
+        return super().write(memoryview(data)[:7])
+
+    def readinto(self, data: Any) -> int:
+        return super().readinto(memoryview(data)[:7])
+
+
+def test_the_spill_file_takes_large_states_in_parts_and_gives_its_room_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "spilled"
+    monkeypatch.setattr(spilling.tempfile, "TemporaryFile", lambda **_: InParts(file, "w+"))
+    states = States(0)
+    for size in (20, 50, 30):  # one group after another, of other sizes
+        for number in range(3):
+            states.put(number, torch.arange(size) + number)
+        assert file.stat().st_size == 3 * 8 * size
+        assert all(torch.equal(states.get(n), torch.arange(size) + n) for n in range(3))
+        states.drop(lambda key: True)
+        assert file.stat().st_size == 0
+
+
+def test_what_cannot_be_spilled_stays_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = States()
+    states.put(1, torch.ones(4))
+    monkeypatch.setattr(spilling.tempfile, "TemporaryFile", lambda **_: FullDisk())
+    with pytest.raises(FlexiError, match="expected room to spill"):
+        states.limit_to(0)
+    assert float(states.get(1).sum()) == states.held / 4 == 4
+
+
+def test_the_least_that_works_is_a_limit_that_works(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside what the process has taken already, and although a part of a limit is left to allocators."""
+    machine, planned = Machine("cpu", 2**20), zoo(open_folder(folder).shape)
+    used = 5 * 2**20
+    monkeypatch.setattr("psutil.Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=used)))
+    with pytest.raises(FlexiError, match=r"^memory: 1.00 MiB is too small") as caught:
+        swept(Blocks(open_folder(folder), torch.float32, "cpu", *machine.budget()), planned)
+    found = re.search(r"at least ([\d.]+) MiB \(5.00 MiB are taken already", str(caught.value))
+    assert found, caught.value
+    enough = Machine("cpu", parse_memory(f"{found[1]}MiB"))
+    swept(Blocks(open_folder(folder), torch.float32, "cpu", *enough.budget()), planned)
+
+
+def test_a_donors_copy_is_let_go_with_the_block_that_ran_with_it(folder: Path) -> None:
+    """In another dtype than the stored one built blocks are copies: one at a time, where memory is short."""
+    checkpoint = open_folder(folder)
+    plan, attached = attached_for(sharing(checkpoint.shape, {3: 1}))
+    planned = [Planned(plan, attached)]
+
+    def blocks(memory: int) -> Blocks:
+        return Blocks(open_folder(folder), torch.bfloat16, memory=memory)
+
+    tight = blocks(least(blocks, lambda b: swept(b, planned)))
+    swept(tight, planned)
+    assert not tight._built
+
+
+def test_what_is_announced_is_what_is_read_beside_kept_states(folder: Path) -> None:
+    checkpoint = open_folder(folder)
+    whole = PruningPlan.identity(checkpoint.shape)
+    planned = [Planned(whole), Planned(PruningPlan.keep(checkpoint.shape, [0, 2, 3, 4]))]
+    memory = least(lambda m: Blocks(open_folder(folder), memory=m), lambda b: swept(b, planned))
+    sweeper = Sweeper(Blocks(checkpoint, memory=memory))
+    for _ in sweeper.sweep(planned[:1], batches(), keep=True):
+        pass
+    before = checkpoint.bytes_read
+    found = dict(sweeper.sweep(planned, batches()))
+    assert sweeper.laid is not None
+    assert checkpoint.bytes_read - before == sweeper.laid.reads > 0
+    assert sweeper.laid.blocks == 3, "those behind the cut, and no other"
+    assert found == swept(Blocks(open_folder(folder)), planned)
+
+
+def test_states_of_float16_are_finite_though_their_sum_is_none() -> None:
+    """65,504 is the most that float16 holds."""
+    model = tiny()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(torch.ones_like(model.model.embed_tokens.weight) * 200)
+    sweeper = Sweeper(Blocks(opened(model), torch.float16))
+    ids = torch.zeros(4, 64, dtype=torch.long)
+    for _ in sweeper.sweep([Planned(PruningPlan.identity(opened(model).shape))], [Batch(ids, [(0, (3,), (1,))])]):
+        pass
+    assert not sweeper.broken
+
+
+def test_what_was_broken_in_an_earlier_sweep_is_not_in_one_that_runs_nothing() -> None:
+    sweeper = Sweeper(Blocks(opened(tiny())))
+    sweeper.broken = {0: 1}
+    assert not list(sweeper.sweep([], [], wanted=lambda batch, plan: False))
+    assert not sweeper.broken
 
 
 @pytest.mark.parametrize("limit", [float("inf"), 3 * LARGE])

@@ -88,6 +88,17 @@ class Interleaved(Quieter):
 
 
 @dataclass(frozen=True)
+class Hesitant(Interleaved):
+    """Is called behind every step but those whose plans it refuses: five blocks are too many."""
+
+    seen: ClassVar[list[tuple[int, RecoveryRequest]]] = []
+    name: ClassVar[str] = "hesitant"
+
+    def refuses(self, plan: PruningPlan) -> str | None:
+        return "hesitant: five are too many" if len(plan.blocks) == 5 else None
+
+
+@dataclass(frozen=True)
 class Leaves(Quieter):
     """Leaves a file beside its checkpoints."""
 
@@ -248,6 +259,28 @@ def test_an_interleaved_method_trains_behind_every_step_on_its_share_of_the_text
     assert said["notes"] == ["one", "one"]
     (kept,) = (tmp_path / "run" / "plans").glob("*.packed.bin")
     assert kept.read_text() == "4"  # what the last training left
+
+
+def test_a_step_whose_plan_an_interleaved_method_refuses_is_not_trained(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    file = study(tmp_path, model, text, 'recovery = ["hesitant"]\ndense = false', MERGES)
+    Hesitant.seen.clear()
+    (record,) = run_study(file, tmp_path / "run", plugins_with(recovery_methods=[Hesitant()]))
+    assert record.status == "complete", record.reason
+    assert [blocks for blocks, _ in Hesitant.seen] == [4]
+    said = record.plan.origin["recovery"]
+    assert said["notes"] == ["step 1 is not trained: hesitant: five are too many", "one"]
+    assert said["facts"]["trained_tokens"] == 32
+
+
+def test_what_does_not_come_out_even_goes_to_the_later_steps(model: Path, text: Path, tmp_path: Path) -> None:
+    file = study(tmp_path, model, text, 'recovery = ["interleaved"]\ndense = false', MERGES)
+    file.write_text(file.read_text().replace("tokens = 64", "tokens = 96"))
+    Interleaved.seen.clear()
+    (record,) = run_study(file, tmp_path / "run", plugins_with(recovery_methods=[Interleaved()]))
+    assert record.status == "complete", record.reason
+    assert [request.tokens for _, request in Interleaved.seen] == [32, 64]
 
 
 def test_too_few_tokens_for_the_steps_of_an_interleaved_method_are_an_error(

@@ -319,6 +319,20 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(tmp_path: Path, ke
     assert equal(again, whole)
 
 
+def test_the_bar_of_a_training_that_is_taken_up_is_that_of_the_rest(tmp_path: Path) -> None:
+    with pytest.raises(KilledError):
+        learn(ask(tmp_path, progress=killed_after(5 * STEP, die)))
+    totals, passed = [], []
+
+    @contextmanager
+    def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
+        totals.append(total)
+        yield lambda count, note="": passed.append(count)
+
+    learn(ask(tmp_path, progress=progress))
+    assert totals == [sum(passed)] == [4 * STEP]
+
+
 def test_a_checkpoint_that_a_kill_left_unfinished_is_not_used(tmp_path: Path) -> None:
     whole, _ = learn(ask(tmp_path / "whole"))
     with pytest.raises(KilledError):

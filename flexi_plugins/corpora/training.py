@@ -3,7 +3,8 @@
 Plain text is one stream, as for calibration. Of a corpus that says where a document's response begins (an attribute
 ``response``, the text in front of it) documents are packed one behind the other, each ended by the end-of-text token, and
 prompts have no loss; documents without a response are left out. A window's first token has nothing in front of it and no
-loss in any case.
+loss in any case. LLM-Pruner cuts every document at 256 tokens and trains on it alone; here windows are full, whatever the
+documents' lengths, and tokens attend to what of the document before is in their window.
 """
 
 from __future__ import annotations
@@ -19,12 +20,11 @@ from flexi_plugins.hookspecs import IGNORED, Corpus, TrainingText
 
 
 def training_text(
-    corpus: Corpus, split: str, data: Path | None, tokenizer: Any, length: int, count: int, seed: int | None
+    corpus: Corpus, split: str, data: Path | None, tokenizer: Any, length: int, count: int, seed: int
 ) -> tuple[TrainingText, str]:
     """Return ``count`` windows of ``length`` tokens of a split, in an order drawn with the seed, and their digest.
 
-    Without a seed they are the first ones. Raise a FlexiError where the text is too short, or where no document of an
-    instruction corpus has a response.
+    Raise a FlexiError where the text is too short, or where no document of an instruction corpus has a response.
     """
     import torch
 
@@ -40,13 +40,15 @@ def training_text(
             f"{len(pairs)} tokens; ask for fewer or shorter ones"
         )
     windows_of_pairs = [pairs[i : i + length] for i in range(0, len(pairs) - length + 1, length)]
-    chosen = windows_of_pairs if seed is None else random.Random(seed).sample(windows_of_pairs, len(windows_of_pairs))
+    chosen = random.Random(seed).sample(windows_of_pairs, len(windows_of_pairs))
     table = torch.tensor(chosen[:count])  # (windows, tokens, 2)
     return TrainingText(table[..., 0].contiguous(), table[..., 1].contiguous()), digest(table.tolist())
 
 
 def _packed(corpus: Corpus, split: str, data: Path | None, tokenizer: Any, marker: str) -> list[tuple[int, int]]:
     """Return (token id, label) of all documents with a response, one behind the other; raise where none has one."""
+    if tokenizer.eos_token_id is None:
+        raise FlexiError(f"corpus {corpus.name!r}: the tokenizer has no end-of-text token to put behind a document")
     labelled = (_labelled(text, tokenizer, marker) for text in corpus.texts(split, data))
     pairs = [pair for document in labelled for pair in document]
     if not pairs:

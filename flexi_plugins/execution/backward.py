@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flexi_plugins.execution.blocks import Blocks
 from flexi_plugins.execution.layout import lay_out
-from flexi_plugins.execution.readout import Batch
+from flexi_plugins.execution.readout import HEAD_ROWS, Batch
 from flexi_plugins.execution.schedule import build_trie
 from flexi_plugins.execution.sweep import Planned, Sweeper
 from flexi_plugins.hookspecs import GradientTrace, LinearTrace
@@ -61,13 +63,16 @@ def backward_sweep(
 
 
 def _loss(blocks: Blocks, planned: Planned, hidden: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the samples' mean losses and the gradient of their sum, sample by sample: logits are large."""
+    """Return the samples' mean losses and the gradient of their sum, some positions at a time: logits are large."""
     states = hidden.detach().requires_grad_()
     losses = []
     for row, ids in zip(states, samples.to(states.device), strict=True):
-        loss = F.cross_entropy(blocks.logits(row[:-1], planned.plan, planned.attached).float(), ids[1:])
-        loss.backward()
-        losses.append(loss.detach())
+        losses.append(states.new_zeros((), dtype=torch.float32))
+        for part, targets in zip(row[:-1].split(HEAD_ROWS), ids[1:].split(HEAD_ROWS), strict=True):
+            logits = blocks.logits(part, planned.plan, planned.attached).float()
+            loss = F.cross_entropy(logits, targets, reduction="sum") / (len(ids) - 1)
+            loss.backward()
+            losses[-1] += loss.detach()
     assert states.grad is not None
     return torch.stack(losses), states.grad
 
@@ -84,28 +89,23 @@ def _through_block(
     plan = planned.plan
     shape = plan.block_shape(plan.blocks[position])
     block = blocks.block(plan, position, planned.attached)
-    seen: dict[str, list[Tensor]] = {}
-    handles = []
-    for role in plan.shape.maps(shape):
-        module = block.get_submodule(blocks.checkpoint.family.ROLES[role])
-        handles.append(module.register_forward_hook(_recorder(seen, role)))
-    try:
+    modules = {r: block.get_submodule(blocks.checkpoint.family.ROLES[r]) for r in plan.shape.maps(shape)}
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    with ExitStack() as hooks, torch.enable_grad():
+        for role, module in modules.items():
+            hooks.enter_context(module.register_forward_hook(partial(_record, seen, role)))
         states = hidden.detach().requires_grad_()
-        with torch.enable_grad():
-            blocks.run(plan, position, planned.attached, states, arguments).backward(gradient)
-    finally:
-        for handle in handles:
-            handle.remove()
-    weights = {r: cast(Tensor, block.get_submodule(blocks.checkpoint.family.ROLES[r]).weight) for r in seen}
-    maps = {r: LinearTrace(x.detach(), dy, weights[r]) for r, (x, dy) in seen.items()}
+        output = blocks.run(plan, position, planned.attached, states, arguments)
+    entering, *found = torch.autograd.grad(output, [states, *(y for _, y in seen.values())], gradient)
+    maps = {
+        role: LinearTrace(x.detach(), dy, cast(Tensor, modules[role].weight))
+        for (role, (x, _)), dy in zip(seen.items(), found, strict=True)
+    }
     observe(GradientTrace(position, shape.kv_heads, shape.group, shape.head_dim, maps))
-    assert states.grad is not None
-    return states.grad
+    return entering
 
 
-def _recorder(seen: dict[str, list[Tensor]], role: str) -> Callable[..., None]:
-    def record(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        entry = seen.setdefault(role, [inputs[0]])
-        output.register_hook(entry.append)
-
-    return record
+def _record(
+    seen: dict[str, tuple[Tensor, Tensor]], role: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+) -> None:
+    seen[role] = inputs[0], output

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -45,7 +45,7 @@ class Blocks:
     """The pieces of all plans of one checkpoint: embedding, blocks by recipe, final norm, head, and states between them.
 
     memory: bytes that weights, states and working space may take together; None: no limit, and what was read stays.
-    taken: bytes that the process had taken before, for messages.
+    taken, share: for messages, bytes that the process had taken before, and how much of a limit can be used.
     """
 
     def __init__(
@@ -55,11 +55,12 @@ class Blocks:
         device: torch.device | str = "cpu",
         memory: int | None = None,
         taken: int = 0,
+        share: float = 1.0,
     ) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.device = torch.device(device)
-        self.memory, self.taken = memory, taken
+        self.memory, self.taken, self.share = memory, taken, share
         self.states = States()
         self.seconds: defaultdict[str, float] = defaultdict(float)  # where the time of sweeps went
         family, config = checkpoint.family, checkpoint.config
@@ -79,7 +80,7 @@ class Blocks:
         self._norm = norm.requires_grad_(False)
         self._outer = dict(zip(OUTER, (t.to(self.device, dtype) for t in outer), strict=False))
         self._outers: dict[Any, dict[str, Tensor]] = {}  # of plans that have their own, as they are computed with
-        self._held: dict[str, Tensor] = {}
+        self.held: dict[str, Tensor] = {}  # the checkpoint's tensors that are in memory
         self._names: dict[Any, tuple[str, ...]] = {}
         self._built: dict[Any, nn.Module] = {}
         self._pool = ThreadPoolExecutor(1, "reading ahead")
@@ -93,11 +94,6 @@ class Blocks:
         self.seconds[part] += time.perf_counter() - start
 
     @property
-    def held(self) -> frozenset[str]:
-        """Names of the checkpoint's tensors that are in memory now."""
-        return frozenset(self._held)
-
-    @property
     def outer_bytes(self) -> int:
         """Bytes of the embedding, the final norm and the head."""
         return sum(t.nbytes for t in self._outer.values())
@@ -108,70 +104,50 @@ class Blocks:
         """Return the names of the checkpoint's tensors that the block at a position is made of, a donor's included."""
         key = plan.key(position)
         if key not in self._names:
-            spec = BlockSpec.of_plan(plan)[position]
-            asked = dict.fromkeys(() if spec.shares is None else self.needs(plan, spec.shares))
-
-            def note(name: str) -> Tensor:
-                asked[name] = None
-                return self._like[name]
-
+            donor = plan.donor(position)
+            asked = {} if donor is None else {name: name for name in self.needs(plan, donor)}
             own = {f"blocks.{position}.{name}": torch.empty(0) for name in plan.blocks[position].own}  # not read
-            block_tensors(plan, position, self._reading(note), own)
+            block_tensors(plan, position, self._reading(lambda name: self._like[asked.setdefault(name, name)]), own)
             self._names[key] = tuple(asked)
         return self._names[key]
 
-    def stream(self, needs: Sequence[Sequence[str]], capacity: float) -> Iterator[int]:
+    def stream(self, needs: Sequence[Sequence[str]], capacity: float) -> Generator[int]:
         """Yield 0, 1, ... with the tensors of each visit in memory, reading those of the next visit meanwhile."""
-        steps = plan_reads(needs, self._held, self.sizes, capacity)
-        coming = None
+        steps = plan_reads(needs, self.held, self.sizes, capacity)
+        coming: Future[dict[str, Tensor]] | None = None
         for index, step in enumerate(steps):
-            if coming is None:
-                self._drop(step.drop)
-                coming = self._pool.submit(self._load, step.load)
+            coming = coming or self._fetch(step)
             with self.timed("reading"):
-                self._held |= self._arrived(coming)
-            coming = self._ahead(steps[index + 1]) if index + 1 < len(steps) else None
-            try:
-                yield index
-            except GeneratorExit:
-                if coming is not None:
-                    coming.cancel()
-                raise
+                self.held |= coming.result()
+            following = steps[index + 1] if index + 1 < len(steps) else None
+            coming = self._fetch(following) if following and following.ahead else None
+            yield index
 
-    def _ahead(self, step: Step) -> Future[Any] | None:
-        if not step.ahead:
-            return None
+    def _fetch(self, step: Step) -> Future[dict[str, Tensor]]:
         self._drop(step.drop)
         return self._pool.submit(self._load, step.load)
 
-    def _load(self, names: Iterable[str]) -> tuple[dict[str, Tensor], Any]:
-        """Read tensors; on a GPU they are copied in a stream of their own, and an event says when they are there."""
+    def _load(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read tensors; on a GPU they are copied in a stream of their own while blocks run."""
         if self._stream is None:
-            return {n: self.checkpoint.read(n).to(self.device) for n in names}, None
+            return {n: self.checkpoint.read(n).to(self.device) for n in names}
         with torch.cuda.stream(self._stream):
-            pinned = {n: self.checkpoint.read(n).pin_memory() for n in names}
-            tensors = {n: t.to(self.device, non_blocking=True) for n, t in pinned.items()}
-            return tensors, (self._stream.record_event(), pinned)
-
-    def _arrived(self, coming: Future[Any]) -> dict[str, Tensor]:
-        tensors, copying = coming.result()
-        if copying is not None:
-            event, _pinned = copying
-            torch.cuda.current_stream(self.device).wait_event(event)
-            for tensor in tensors.values():
-                tensor.record_stream(torch.cuda.current_stream(self.device))
+            tensors = {n: self.checkpoint.read(n).pin_memory().to(self.device, non_blocking=True) for n in names}
+            self._stream.synchronize()
+        for tensor in tensors.values():
+            tensor.record_stream(torch.cuda.default_stream(self.device))  # where blocks run
         return tensors
 
     def _drop(self, names: Iterable[str]) -> None:
         gone = set(names)
-        self._held = {n: t for n, t in self._held.items() if n not in gone}
+        self.held = {n: t for n, t in self.held.items() if n not in gone}
         if gone:
             self._built = {k: m for k, m in self._built.items() if gone.isdisjoint(self._names[k])}
 
     def _source(self, name: str) -> Tensor:
-        if name not in self._held:
-            self._held[name] = self.checkpoint.read(name).to(self.device)
-        return self._held[name]
+        if name not in self.held:
+            self.held[name] = self.checkpoint.read(name).to(self.device)
+        return self.held[name]
 
     def _reading(self, read: Callable[[str], Tensor]) -> Checkpoint:
         known = self.checkpoint
@@ -200,9 +176,10 @@ class Blocks:
         return block.eval().requires_grad_(False)
 
     def release(self, plan: PruningPlan, position: int) -> None:
-        """Forget a built block whose tensors are copies; what it was made of stays."""
-        if self.copied_bytes(plan, position):
-            self._built.pop(plan.key(position), None)
+        """Forget a built block, and its donor, whose tensors are copies; what they were made of stays."""
+        for made in (position, plan.donor(position)):
+            if made is not None and self.copied_bytes(plan, made):
+                self._built.pop(plan.key(made), None)
 
     def keep_only(self, plans: Sequence[PruningPlan]) -> None:
         """Forget the built blocks that none of these plans uses."""
@@ -212,12 +189,7 @@ class Blocks:
     def copied_bytes(self, plan: PruningPlan, position: int) -> int:
         """Return the bytes that a built block takes beside the checkpoint's tensors it was made of."""
         recipe = plan.blocks[position]
-        if recipe.whole is not None and not self._converted:
-            return 0
-        shape = plan.block_shape(recipe)
-        maps = 0 if recipe.shares is not None else sum(r * c for r, c in plan.shape.maps(shape).values())
-        own = maps + sum(plan.shape.vectors(shape).values()) + plan.adapter_parameters(recipe)
-        return own * self.dtype.itemsize
+        return (recipe.whole is None or self._converted) * plan.stored_in(recipe) * self.dtype.itemsize
 
     # -- running
 
@@ -252,7 +224,7 @@ class Blocks:
         arguments = self._handed(hidden, position_ids=positions.to(self.device), attention_mask=unused)
         for given in arguments.values():
             given |= {"attention_mask": None, "branches": []}
-        for chunk in (c.to(self.device) for c in chunks_of(sequences, hidden.shape[1])):
+        for chunk in chunks_of(sequences, hidden.shape[1], self.device):
             of_chunk = self._handed(hidden.new_zeros(1, 1, 1).expand(*chunk.tokens.shape, hidden.shape[-1]))
             for kind, given in arguments.items():
                 given["branches"].append(replace(chunk, mask=of_chunk[kind]["attention_mask"]))

@@ -6,8 +6,8 @@ Everything else in a block is done token by token, so it runs once for a token t
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -34,32 +34,23 @@ class Chunk:
     places: Tensor
     mask: Any = None
 
-    def to(self, device: torch.device) -> Chunk:
-        """Return the chunk on a device."""
-        return replace(self, tokens=self.tokens.to(device), own=self.own.to(device), places=self.places.to(device))
 
-
-def chunks_of(sequences: Sequence[Sequence[int]], room: int) -> list[Chunk]:
+def chunks_of(sequences: Sequence[Sequence[int]], room: int, device: torch.device | str = "cpu") -> list[Chunk]:
     """Put sequences (of indices of tokens) that end in the same step of a tile together, the longest first.
 
-    room: the most tokens of a chunk, padding included, unless one sequence has more.
+    room: the most tokens of a chunk, padding included, unless one sequence has more. device: where its tensors are.
     """
+    groups: list[list[Sequence[int]]] = []
+    for sequence in sorted(sequences, key=len, reverse=True):
+        longest = len(groups[-1][0]) if groups else 0
+        if not groups or (len(groups[-1]) + 1) * longest > room or len(sequence) // STEP != longest // STEP:
+            groups.append([])
+        groups[-1].append(sequence)
     placed: set[int] = set()
-    return [_chunk(group, placed) for group in _alike(sorted(sequences, key=len, reverse=True), room)]
+    return [_chunk(group, placed, device) for group in groups]
 
 
-def _alike(sequences: Sequence[Sequence[int]], room: int) -> Iterator[list[Sequence[int]]]:
-    group: list[Sequence[int]] = []
-    for sequence in sequences:
-        longest = len(group[0]) if group else 0
-        if group and ((len(group) + 1) * longest > room or len(sequence) // STEP != longest // STEP):
-            yield group
-            group = []
-        group.append(sequence)
-    yield group
-
-
-def _chunk(group: Sequence[Sequence[int]], placed: set[int]) -> Chunk:
+def _chunk(group: Sequence[Sequence[int]], placed: set[int], device: torch.device | str) -> Chunk:
     """Return the chunk of a group, the longest first, and add its tokens to those that are placed."""
     tokens = torch.zeros(len(group), len(group[0]), dtype=torch.long)
     own = torch.zeros(tokens.shape, dtype=torch.bool)
@@ -68,7 +59,7 @@ def _chunk(group: Sequence[Sequence[int]], placed: set[int]) -> Chunk:
         own[row, : len(sequence)] = torch.tensor([token not in placed for token in sequence])
         placed.update(sequence)
     positions = own.flatten().nonzero()[:, 0]
-    return Chunk(tokens, positions, tokens.flatten()[positions])
+    return Chunk(*(t.to(device) for t in (tokens, positions, tokens.flatten()[positions])))
 
 
 def branching(config: PreTrainedConfig, block_class: type[nn.Module]) -> PreTrainedConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -44,8 +45,9 @@ class Layout:
 
 
 def gib(size: float) -> str:
-    """Return a number of bytes for people."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.2f} MiB"
+    """Return a number of bytes for people, rounded up: what is at least needed is enough."""
+    unit, name = (2**30, "GiB") if size >= 2**27 else (2**20, "MiB")
+    return f"{math.ceil(100 * size / unit) / 100:.2f} {name}"
 
 
 def lay_out(
@@ -62,7 +64,8 @@ def lay_out(
     shapes: (rows, tokens) of the batches. keep: all states outlive the sweep. observed: statistics are taken. training:
     what a block computes is kept for its gradients.
     """
-    needs = [blocks.needs(plans[n.owner], n.position) for n in nodes]
+    places = [(plans[n.owner], n.position) for n in nodes]
+    needs = [blocks.needs(*place) for place in places]
     states = [rows * tokens * blocks.checkpoint.shape.hidden * blocks.dtype.itemsize for rows, tokens in shapes]
     everything = _bytes(blocks, needs)
     single = tuple((i,) for i in range(len(shapes)))
@@ -74,34 +77,32 @@ def lay_out(
 
     if blocks.memory is None:
         return layout(single, float("inf"), float("inf"), True, False)
-    copies = {plans[n.owner].key(n.position): blocks.copied_bytes(plans[n.owner], n.position) for n in nodes}
+    copies = {plan.key(position): blocks.copied_bytes(plan, position) for plan, position in places}
+    donors = ((plan, plan.donor(position)) for plan, position in places)  # built beside the blocks that run with them
+    lent = max((blocks.copied_bytes(plan, donor) for plan, donor in donors if donor is not None), default=0)
     work = max(_working_bytes(blocks, plans, nodes, shape, observed) * (1 + training) for shape in shapes)
-    free = blocks.memory - blocks.outer_bytes - work - max(copies.values())
+    free = blocks.memory - blocks.outer_bytes - work - max(copies.values()) - lent
     largest, alive = max(states), most_alive(nodes)
     visit = max(_bytes(blocks, [n]) for n in needs)
-    _check(blocks, free, visit, largest, work)
+    least = visit + 2 * largest
+    if least > free:
+        sizes = blocks.memory, blocks.memory + least - free
+        given, asked = (gib((size + blocks.taken) / blocks.share) for size in sizes)
+        taken = f"{gib(blocks.taken)} are taken already, " * bool(blocks.taken)
+        raise FlexiError(
+            f"memory: {given} is too small for one block and one batch; expected at least {asked} ({taken}"
+            f"{gib(blocks.outer_bytes)} go to embedding and head, {gib(visit)} to the weights of a block, "
+            f"{gib(2 * largest)} to hidden states, the rest is to work in); give more (--memory)"
+        )
     left = free - everything - (alive + 1) * largest
     if left >= 0:
         roomy = sum(copies.values()) <= left
         return layout(single, everything, free - everything - roomy * sum(copies.values()), roomy, False)
     wanted = (len(nodes) if keep else alive + 1) * sum(states)
     ahead = max((_bytes(blocks, pair) for pair in pairwise(needs)), default=visit)
-    least = ahead if ahead + 2 * largest <= free else visit
-    weights = max(least, min(everything, free - wanted))
+    weights = max(ahead if ahead + 2 * largest <= free else visit, min(everything, free - wanted))
     groups = _grouped(states, shapes, (free - weights) / (alive + 1))
     return layout(groups, weights, free - weights, False, True)
-
-
-def _check(blocks: Blocks, free: float, visit: int, states: int, work: int) -> None:
-    least = visit + 2 * states
-    if least > free:
-        assert blocks.memory is not None
-        given, taken = blocks.memory + blocks.taken, f"{gib(blocks.taken)} are taken already, " * bool(blocks.taken)
-        raise FlexiError(
-            f"memory: {gib(given)} is too small for one block and one batch; expected at least "
-            f"{gib(given + least - free)} ({taken}{gib(blocks.outer_bytes)} go to embedding and head, {gib(visit)} to the "
-            f"weights of a block, {gib(2 * states)} to hidden states, the rest is to work in); give more (--memory)"
-        )
 
 
 def _bytes(blocks: Blocks, needs: Iterable[Collection[str]]) -> int:

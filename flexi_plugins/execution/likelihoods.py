@@ -24,22 +24,11 @@ class AnswerJournal(Protocol):
         """Store the answers of a batch."""
 
 
-class NoJournal:
-    """A journal that keeps nothing."""
-
-    def get(self, plan_hash: str, group_hash: str) -> list[Any] | None:
-        """Return None."""
-        return None
-
-    def put(self, plan_hash: str, group_hash: str, answers: Sequence[Any]) -> None:
-        """Do nothing."""
-
-
 def likelihoods(
     sweeper: Sweeper,
     planned: Sequence[Planned],
     requests: Sequence[Request],
-    journal: AnswerJournal,
+    journal: AnswerJournal | None,
     setting: Any,
     progress: Callable[..., Any],
     title: str,
@@ -56,7 +45,9 @@ def likelihoods(
     keys = [digest([setting, str(rounding), p.requests]) for p in packs]
     hashes = [p.plan.hash for p in planned]
     known: dict[tuple[int, int], Sequence[Any] | None] = {
-        (g, p): journal.get(hashes[p], keys[g]) for g in range(len(packs)) for p in range(len(planned))
+        (g, p): journal.get(hashes[p], keys[g]) if journal else None
+        for g in range(len(packs))
+        for p in range(len(planned))
     }
     answers: list[dict[Request, Answer]] = [{} for _ in planned]
     batches = [replace(p.batch, rounding=rounding) for p in packs]
@@ -67,7 +58,8 @@ def likelihoods(
     with progress(title, sweeper.work(planned, batches, wanted)) as advance:
         for g, found in sweeper.sweep(planned, batches, wanted=wanted, advance=advance):
             for p, answer in found.items():
-                journal.put(hashes[p], keys[g], answer)
+                if journal:
+                    journal.put(hashes[p], keys[g], answer)
                 known[g, p] = answer
     for (g, p), kept in known.items():
         assert kept is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import torch
 
@@ -27,18 +28,8 @@ class _Trie:
     sequences: list[list[int]] = field(default_factory=list)  # indices of tokens; none is the beginning of another
     requests: list[tuple[Request, list[int]]] = field(default_factory=list)  # with the sequence of each
 
-    def common(self, sequence: Tokens) -> int:
-        """Return how many tokens a sequence has in common with the last one."""
-        length = 0
-        for index, token in zip(self.sequences[-1] if self.sequences else (), sequence, strict=False):
-            if self.ids[index] != token:
-                break
-            length += 1
-        return length
-
-    def add(self, request: Request, sequence: Tokens) -> None:
-        """Add the sequence of a request, which follows the last one in order."""
-        common = self.common(sequence)
+    def add(self, request: Request, sequence: Tokens, common: int) -> None:
+        """Add the sequence of a request, which follows the last one in order and has its first tokens in common with it."""
         new = range(len(self.ids), len(self.ids) + len(sequence) - common)
         path = [*(self.sequences[-1][:common] if common else ()), *new]
         self.ids += sequence[common:]
@@ -74,13 +65,14 @@ def pack(requests: Iterable[Request], budget: int = BATCH_TOKENS) -> list[Pack]:
 
 def _tries(requests: Iterable[Request], budget: int) -> Iterator[_Trie]:
     """Put neighbours in order into one trie while they have enough in common, and it stays within the budget."""
-    trie = _Trie()
+    trie, last = _Trie(), Tokens()
     for sequence, request in sorted((_marked((*c, *t)[:-1]), (c, t)) for c, t in requests):
-        common = trie.common(sequence)
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(last, sequence, strict=False)))
         if trie.ids and (common < SHARED * len(sequence) or len(trie.ids) + len(sequence) - common > budget):
             yield trie
-            trie = _Trie()
-        trie.add(request, sequence)
+            trie, common = _Trie(), 0
+        trie.add(request, sequence, common)
+        last = sequence
     if trie.ids:
         yield trie
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 from flexi_plugins.data import PruningPlan
@@ -14,18 +16,14 @@ class Prefixes:
     """Numbers every distinct sequence of blocks; equal sequences have equal numbers, also between sweeps."""
 
     def __init__(self) -> None:
-        self._numbers: dict[Any, int] = {}
-
-    def number(self, parent: int, key: Any) -> int:
-        """Return the number of the sequence that is ``parent``'s followed by the block ``key``."""
-        return self._numbers.setdefault((parent, key), len(self._numbers) + 1)
+        self._numbers: defaultdict[Any, int] = defaultdict(count(1).__next__)
 
     def of(self, plan: PruningPlan) -> list[int]:
         """Return the number before every block of a plan, and after the last."""
         embedding = dict(plan.tensors).get("outer.embedding") if plan.own else None
-        numbers = [self.number(0, (plan.embedding_gain, embedding))]
+        numbers = [self._numbers[0, (plan.embedding_gain, embedding)]]
         for position in range(len(plan.blocks)):
-            numbers.append(self.number(numbers[-1], plan.key(position)))
+            numbers.append(self._numbers[numbers[-1], plan.key(position)])
         return numbers
 
 
@@ -34,7 +32,8 @@ class Node:
     """One block of the trie: its place in the plan it was first seen in, what follows it, and which plans pass it.
 
     stage is (pass over the checkpoint, last source, repetition): blocks run in its order, which visits the sources of
-    ascending plans once and in order. before is the number of the sequence in front of the block, prefix that behind it.
+    ascending plans once and in order. before is the number of the sequence in front of the block, prefix that behind it;
+    blocks of one trie that are made alike have one number as their kind.
     """
 
     before: int
@@ -42,6 +41,7 @@ class Node:
     owner: int
     position: int
     stage: tuple[int, int, int]
+    kind: int
     parent: Node | None
     children: list[Node] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
@@ -51,8 +51,7 @@ class Node:
 def build_trie(plans: Sequence[PruningPlan], prefixes: Prefixes) -> list[Node]:
     """Return the blocks of the trie of plans in the order of a sweep; equal blocks of one stage stand together."""
     nodes: dict[int, Node] = {}
-    keys: dict[Any, int] = {}
-    alike: dict[int, int] = {}  # prefix -> number of the block's key
+    kinds: dict[Any, int] = {}
     for index, plan in enumerate(plans):
         numbers = prefixes.of(plan)
         node = None
@@ -60,15 +59,15 @@ def build_trie(plans: Sequence[PruningPlan], prefixes: Prefixes) -> list[Node]:
             prefix = numbers[position + 1]
             if prefix not in nodes:
                 stage = _stage(node, plan, position)
-                nodes[prefix] = Node(numbers[position], prefix, index, position, stage, node)
-                alike[prefix] = keys.setdefault(plan.key(position), len(keys))
+                kind = kinds.setdefault(plan.key(position), len(kinds))
+                nodes[prefix] = Node(numbers[position], prefix, index, position, stage, kind, node)
                 if node is not None:
                     node.children.append(nodes[prefix])
             node = nodes[prefix]
             node.plans.add(index)
         assert node is not None, "a plan has at least one block"
         node.ends.append(index)
-    return sorted(nodes.values(), key=lambda n: (n.stage, alike[n.prefix]))
+    return sorted(nodes.values(), key=lambda n: (n.stage, n.kind))
 
 
 def _stage(parent: Node | None, plan: PruningPlan, position: int) -> tuple[int, int, int]:
@@ -95,7 +94,7 @@ def most_alive(nodes: Iterable[Node]) -> int:
         most = max(most, alive + 1)
         waiting[node.prefix] = len(node.children)
         alive += bool(node.children)
-        if node.parent is not None:
+        if node.parent is not None and node.parent.prefix in waiting:
             waiting[node.parent.prefix] -= 1
             alive -= waiting[node.parent.prefix] == 0
     return most
@@ -121,37 +120,30 @@ def plan_reads(
     After the last visit the first may follow again (the next group of batches), so that counts as a later need.
     """
     now = set(held)
-    uses: dict[str, list[int]] = {}
-    for index, needed in enumerate(needs):
+    uses: defaultdict[str, list[int]] = defaultdict(list)
+    for index, needed in enumerate((*needs, *needs)):
         for name in needed:
-            uses.setdefault(name, []).append(index)
+            uses[name].append(index)
 
     def next_use(name: str, index: int) -> float:
         later = uses.get(name)
-        if not later:
-            return float("inf")
-        found = bisect_right(later, index)
-        return later[found] if found < len(later) else later[0] + len(needs)
+        return later[bisect_right(later, index)] if later else float("inf")
 
     def room(index: int, pinned: set[str]) -> list[str] | None:
-        total = sum(sizes[n] for n in now | set(needs[index]))
-        drop = []
-        for name in sorted(now - pinned, key=lambda n: (-next_use(n, index), n)):
-            if total <= capacity:
+        excess, drop = sum(sizes[n] for n in now.union(needs[index])) - capacity, list[str]()
+        for name in sorted(now - pinned, key=lambda n: (-next_use(n, index), n)) if excess > 0 else ():
+            if excess <= 0:
                 break
             drop.append(name)
-            total -= sizes[name]
-        return drop if total <= capacity else None
+            excess -= sizes[name]
+        return drop if excess <= 0 else None
 
     steps = []
     for index, needed in enumerate(needs):
-        running = set(needs[index - 1]) if index else set()
-        drop = room(index, running | set(needed)) if index else None
-        ahead = drop is not None
-        if drop is None:
-            drop = room(index, set(needed))
+        early = room(index, {*needed, *needs[index - 1]}) if index else None
+        drop = room(index, set(needed)) if early is None else early
         assert drop is not None, "the memory was found to hold every single visit"
         load = tuple(n for n in needed if n not in now)
         now = (now - set(drop)) | set(load)
-        steps.append(Step(tuple(drop), load, ahead))
+        steps.append(Step(tuple(drop), load, early is not None))
     return steps

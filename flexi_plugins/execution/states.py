@@ -22,10 +22,9 @@ class States:
     The newest is spilled: states are read again in the order in which they were made, so the oldest is wanted first.
     """
 
-    def __init__(self, limit: float = float("inf"), scratch: str | None = None) -> None:
+    def __init__(self, limit: float = float("inf")) -> None:
         self.limit = limit
         self.held = self.spilled = 0  # bytes in memory now; bytes written to the file so far
-        self._scratch = scratch
         self._memory: dict[Hashable, Tensor] = {}
         self._disk: dict[Hashable, tuple[int, Tensor]] = {}  # offset in the file, and dtype and shape as a meta tensor
         self._free: dict[int, list[int]] = {}  # bytes -> offsets of room that is free again
@@ -49,10 +48,13 @@ class States:
             return self._memory[key]
         offset, like = self._disk[key]
         buffer = torch.empty(like.nbytes, dtype=torch.uint8)
+        rest = memoryview(buffer.numpy().data)
         self._file.seek(offset)
-        if self._file.readinto(buffer.numpy()) != like.nbytes:
+        while count := self._file.readinto(rest):  # 2 GiB at most at a time
+            rest = rest[count:]
+        if rest:
             raise FlexiError(
-                f"states: the file they were spilled to, in {self._folder}, is shorter than what was written"
+                f"states: the file they were spilled to, in {tempfile.gettempdir()}, is shorter than what was written"
             )
         return buffer.view(like.dtype).view(like.shape).to(device)
 
@@ -60,9 +62,9 @@ class States:
         """Hold at most so many bytes in memory from now on; spill the newest of what is held beyond that."""
         self.limit = limit
         while self.held > limit:
-            key, states = self._memory.popitem()
-            self.held -= states.nbytes
+            key, states = next(reversed(self._memory.items()))
             self._disk[key] = self._write(states), states.to("meta")
+            self.held -= self._memory.pop(key).nbytes
 
     def drop(self, unwanted: Callable[[Any], bool]) -> None:
         """Forget the tensors whose key is unwanted."""
@@ -76,25 +78,24 @@ class States:
         else:
             offset, like = self._disk.pop(key)
             self._free.setdefault(like.nbytes, []).append(offset)
-
-    @property
-    def _folder(self) -> str:
-        return self._scratch or tempfile.gettempdir()
+            if not self._disk:  # states of other sizes would not fit into the room that is free
+                self._file.truncate(0)
+                self._free.clear()
 
     def _write(self, states: Tensor) -> int:
         data = states.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
         try:
             if self._file is None:
-                self._file = tempfile.TemporaryFile(dir=self._scratch, buffering=0)  # noqa: SIM115
+                self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
                 weakref.finalize(self, self._file.close)
             free = self._free.get(data.nbytes)
             offset = self._file.seek(free.pop()) if free else self._file.seek(0, 2)
-            written = self._file.write(data)
-            if written != data.nbytes:
-                raise OSError(f"{written} of {data.nbytes} bytes were written")
+            rest = data.data
+            while rest:
+                rest = rest[self._file.write(rest) :]
         except OSError as error:
             raise FlexiError(
-                f"states: expected room to spill {data.nbytes / 2**20:.0f} MiB to {self._folder}, found: {error}; free "
+                f"states: expected room to spill {data.nbytes / 2**20:.0f} MiB to {tempfile.gettempdir()}, found: {error}; free "
                 "some there, point TMPDIR to a larger disk, or give more memory (--memory)"
             ) from error
         self.spilled += data.nbytes

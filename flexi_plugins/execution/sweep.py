@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from typing import Any
 
 import torch
@@ -43,44 +42,33 @@ class Planned:
 class Sweeper:
     """Runs sweeps over one checkpoint's blocks; ``say`` is told what will be read where not everything fits in memory.
 
-    broken: plan index -> position of the first block of the last sweep whose states were not finite.
+    broken: plan index -> position of the first block of the last sweep whose states were not finite. laid: how the last
+    sweep used the memory. kept_states: (batch, prefix) of the states that outlive their sweep.
     """
-
-    _numbers = count()
 
     def __init__(self, blocks: Blocks, say: Callable[[str], None] = lambda text: None) -> None:
         self.blocks = blocks
         self.say = say
         self.prefixes = Prefixes()
         self.broken: dict[int, int] = {}
-        self._number = next(self._numbers)
-        self.kept_states: set[tuple[int, int]] = set()  # (batch, prefix) of states that outlive their sweep
+        self.laid: Layout | None = None
+        self.kept_states: set[tuple[int, int]] = set()
 
     # -- states
 
-    def put(self, batch: int, prefix: int, states: Tensor, keep: bool) -> None:
-        """Store the states behind a sequence of blocks; those to keep outlive the sweep."""
-        self.blocks.states.put((self._number, batch, prefix), states)
-        if keep:
-            self.kept_states.add((batch, prefix))
-
     def stored(self, batch: int, prefix: int) -> Tensor:
         """Return the states behind a sequence of blocks that are stored."""
-        return self.blocks.states.get((self._number, batch, prefix), self.blocks.device)
-
-    def drop(self, batch: int, prefix: int) -> None:
-        """Forget the states behind a sequence of blocks."""
-        self.blocks.states.pop((self._number, batch, prefix))
+        return self.blocks.states.get((self, batch, prefix), self.blocks.device)
 
     def forget(self, unwanted: Callable[[int], bool]) -> None:
         """Forget kept states behind the sequences of blocks that are unwanted, and all states that are not kept."""
         self.kept_states = {k for k in self.kept_states if not unwanted(k[1])}
-        self.blocks.states.drop(lambda key: key[0] == self._number and key[1:] not in self.kept_states)
+        self.blocks.states.drop(lambda key: key[0] is self and key[1:] not in self.kept_states)
 
-    def check_finite(self, plan: PruningPlan) -> None:
-        """Raise if the states of the first plan of the last sweep were not finite: say behind which block first."""
-        if 0 in self.broken:
-            first, dtype = self.broken[0], str(self.blocks.dtype).removeprefix("torch.")
+    def check_finite(self, plan: PruningPlan, index: int = 0) -> None:
+        """Raise if the states of a plan of the last sweep were not finite: say behind which block first."""
+        if index in self.broken:
+            first, dtype = self.broken[index], str(self.blocks.dtype).removeprefix("torch.")
             sources = ", ".join(map(str, plan.blocks[first].sources))
             raise FlexiError(
                 f"calibration: block {first} (of old blocks {sources}) gives values that are not finite (NaN or infinity) "
@@ -88,14 +76,6 @@ class Sweeper:
             )
 
     # -- sweeping
-
-    def layout(
-        self, planned: Sequence[Planned], batches: Sequence[Batch], keep: bool = False, observed: bool = False
-    ) -> Layout:
-        """Return how a sweep would use the memory: what is read how often, and which batches run together."""
-        plans = [p.plan for p in planned]
-        nodes = build_trie(plans, self.prefixes)
-        return lay_out(self.blocks, plans, nodes, [b.ids.shape for b in batches], keep, observed)
 
     def work(self, planned: Sequence[Planned], batches: Sequence[Batch], wanted: Callable[[int, int], bool]) -> int:
         """Return the tokens of all blocks that a sweep passes for what is wanted, as ``advance`` reports them."""
@@ -120,23 +100,24 @@ class Sweeper:
         taken instead of running a block wherever there are any, so batches of equal index must have equal tokens.
         advance(tokens) reports the tokens of each block passed.
         """
+        self.broken = {}
         asked = {b: {p for p in range(len(planned)) if wanted(b, p)} for b in range(len(batches))}
         asked = {b: plans for b, plans in asked.items() if plans}
         if not asked:
             return
-        self.broken = {}
-        used = set().union(*asked.values())
-        nodes = [n for n in build_trie([p.plan for p in planned], self.prefixes) if not n.plans.isdisjoint(used)]
+        used, plans = set().union(*asked.values()), [p.plan for p in planned]
+        nodes = [n for n in build_trie(plans, self.prefixes) if not n.plans.isdisjoint(used)]
+        running = [n for n in nodes if any((b, n.prefix) not in self.kept_states for b in asked)] or nodes
         order = list(asked)
         shapes = [batches[b].ids.shape for b in order]
-        layout = lay_out(self.blocks, [p.plan for p in planned], nodes, shapes, keep, hook is not None)
+        if self.blocks.memory is not None:
+            self.blocks.keep_only(plans)
+        self.laid = layout = lay_out(self.blocks, plans, running, shapes, keep, hook is not None)
         if layout.streamed:
             self.say(str(layout))
         self.blocks.states.limit_to(layout.state_bytes)
         for indices in layout.groups:
-            group = _Group(
-                self, planned, nodes, {order[i]: (batches[order[i]], asked[order[i]]) for i in indices}, keep
-            )
+            group = _Group(self, planned, nodes, {order[i]: batches[order[i]] for i in indices}, asked, keep)
             try:
                 with torch.no_grad():
                     group.run(layout, hook, advance)
@@ -153,17 +134,19 @@ class _Group:
         sweeper: Sweeper,
         planned: Sequence[Planned],
         nodes: Sequence[Node],
-        batches: Mapping[int, tuple[Batch, set[int]]],
+        batches: Mapping[int, Batch],
+        asked: Mapping[int, set[int]],
         keep: bool,
     ) -> None:
         self.sweeper, self.blocks, self.planned, self.keep = sweeper, sweeper.blocks, planned, keep
-        self.batches = {b: batch for b, (batch, _) in batches.items()}
-        self.asked = {b: plans for b, (_, plans) in batches.items()}
+        self.batches, self.asked = batches, asked
         self.answers: dict[int, Answers] = {b: {} for b in batches}
         self._lost: set[tuple[int, int]] = set()  # states that are not finite
         self._arguments: dict[int, Mapping[str, Any]] = {}
         self._todo = {b: self._required(b, nodes) for b in batches}
-        self._waiting = {(b, n.prefix): self._followers(b, n) for b in batches for n in nodes}
+        self._waiting = {
+            (b, n.prefix): sum(c.prefix in todo for c in n.children) for b, todo in self._todo.items() for n in nodes
+        }
         self.nodes = [n for n in nodes if any(self._visits(b, n) for b in batches)]
 
     def _required(self, batch: int, nodes: Sequence[Node]) -> set[int]:
@@ -176,27 +159,21 @@ class _Group:
                 required.add(node.prefix)
         return required
 
-    def _followers(self, batch: int, node: Node) -> int:
-        return sum(child.prefix in self._todo[batch] for child in node.children)
-
     def _visits(self, batch: int, node: Node) -> bool:
         return node.prefix in self._todo[batch] or not self.asked[batch].isdisjoint(node.ends)
 
     def run(self, layout: Layout, hook: Hook | None, advance: Callable[[int], None]) -> None:
         """Visit the blocks in order, each with all batches; answers are read where plans end."""
-        owners = [self.planned[n.owner] for n in self.nodes]
-        keys = [o.plan.key(n.position) for o, n in zip(owners, self.nodes, strict=True)]
-        runs = [any(n.prefix in todo for todo in self._todo.values()) for n in self.nodes]
-        needs = [
-            self.blocks.needs(o.plan, n.position) if r else () for o, n, r in zip(owners, self.nodes, runs, strict=True)
-        ]
+        todo = set().union(*self._todo.values())
+        places = [(self.planned[n.owner].plan, n.position) for n in self.nodes]
+        needs = [self.blocks.needs(*p) if n.prefix in todo else () for n, p in zip(self.nodes, places, strict=True)]
         for index in self.blocks.stream(needs, layout.weight_bytes):
-            node = self.nodes[index]
+            node, following = self.nodes[index], self.nodes[index + 1 : index + 2]
             for number, batch in self.batches.items():
                 if self._visits(number, node):
                     self._visit(node, number, batch, hook, advance)
-            if not layout.roomy and keys[index] not in keys[index + 1 : index + 2]:
-                self.blocks.release(owners[index].plan, node.position)
+            if not layout.roomy and all(n.kind != node.kind for n in following):
+                self.blocks.release(*places[index])
 
     def _visit(self, node: Node, number: int, batch: Batch, hook: Hook | None, advance: Callable[[int], None]) -> None:
         place = number, node.prefix
@@ -211,7 +188,9 @@ class _Group:
         if states is None:
             self._lost.add(place)
         elif node.prefix in self._todo[number] and (self.keep or self._waiting[place]):
-            self.sweeper.put(number, node.prefix, states, self.keep)
+            self.blocks.states.put((self.sweeper, *place), states)
+            if self.keep:
+                self.sweeper.kept_states.add(place)
 
     def _run(self, node: Node, number: int, batch: Batch, hook: Hook | None) -> Tensor | None:
         """Return the states behind a block; None where they are not finite, or were not in front of it."""
@@ -227,7 +206,7 @@ class _Group:
                 states = hook(number, node.position, hidden, arguments)
             else:
                 states = self.blocks.run(owner.plan, node.position, owner.attached, hidden, arguments)
-            finite = bool(states.sum().isfinite())
+            finite = bool(states.sum(dtype=torch.float32).isfinite())
         if not finite:
             for index in node.plans:
                 self.sweeper.broken[index] = min(node.position, self.sweeper.broken.get(index, node.position))
@@ -241,7 +220,7 @@ class _Group:
         states = self.sweeper.stored(*place)
         self._waiting[place] -= 1
         if not self._waiting[place] and place not in self.sweeper.kept_states:
-            self.sweeper.drop(*place)
+            self.blocks.states.pop((self.sweeper, *place))
         return states
 
     def _answer(self, index: int, batch: Batch, states: Tensor | None) -> list[Answer]:

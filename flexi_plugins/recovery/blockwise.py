@@ -132,7 +132,8 @@ def summed(trainings: Sequence[Trained]) -> tuple[tuple[dict[str, float], ...], 
     """Return the curve and the facts of groups of blocks that were trained one after another, on the same text.
 
     Losses are summed; a training that was stopped counts with its last point. Held-out losses are those of the blocks,
-    not of a model, and are called ``held_out_block_loss``.
+    not of a model, and are called ``held_out_block_loss``; groups may keep states of different points, so that the sum over
+    what is kept is a fact of its own.
     """
     points = []
     for tokens in sorted({point["tokens"] for t in trainings for point in t.curve}):
@@ -145,5 +146,11 @@ def summed(trainings: Sequence[Trained]) -> tuple[tuple[dict[str, float], ...], 
         "trained_parameters": sum(t.facts["trained_parameters"] for t in trainings),
         "trained_tokens": max(t.facts["trained_tokens"] for t in trainings),
         "kept_tokens": min(t.facts["kept_tokens"] for t in trainings),
+        "kept_held_out_block_loss": sum(_kept_loss(t) for t in trainings),
     }
     return tuple(points), facts
+
+
+def _kept_loss(trained: Trained) -> float:
+    losses = {point["tokens"]: point["held_out_loss"] for point in trained.curve}
+    return losses[trained.facts["kept_tokens"]]

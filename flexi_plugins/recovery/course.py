@@ -24,6 +24,7 @@ def course_of(recovery: Mapping[str, Any]) -> str:
         if losses:
             first, *_ = losses.values()
             last = losses[max((tokens for tokens in losses if tokens <= kept), default=min(losses))]
+            last = facts.get(f"kept_{kind}", last)
             said += f": {name} {first:.4f} -> {last:.4f}{unit}"
             said += "" if kept == trained else f", of the state after {kept - start:,.0f}"
     return said

@@ -55,8 +55,8 @@ class GroupQuant(Groups):
 
     Of rank 0, or on 0 tokens, it is rounding to nearest alone. Embedding, head, norms, biases, and the adapters of blocks
     that share weights stay as they are. An adapter's rank is at most the number of groups in a row: with so many it can
-    move each group as it likes. What comes back computes what was trained: exactly where the model is stored in float32; in
-    less its values are rounded at random, so that what training added does not get lost. Scales and zero factors in float32
+    move each group as it likes. What comes back computes what was trained: exactly where the model and the factors are stored in
+    float32; in less they are rounded at random, so that what training added does not get lost. Scales and zero factors in float32
     cost 64 bits a group: with groups of 32 four bits are six.
     """
 
@@ -84,7 +84,7 @@ class GroupQuant(Groups):
         model = working_copy(replaced(request.model, dequantised(packed)), (), request.dtype)
         self.adapt(model, request.seed)
         trained = train(request, model, self, self.name)
-        return _stored(self, request, self.merged(model, packed), trained)
+        return _stored(self, request, self.merged(model, packed, request.seed), trained)
 
     def adapt(self, model: nn.Module, seed: int) -> None:
         """Put an adapter beside each linear map of a model, in place: A (rank, groups) and B (rows, rank), float32.
@@ -120,17 +120,18 @@ class GroupQuant(Groups):
         scale = self.alpha / self.rank
         return scale if self.pooling == "sum" else scale / group_sums(like.new_ones(columns), self.group_size)
 
-    def merged(self, model: nn.Module, packed: Mapping[str, Packed]) -> dict[str, Packed]:
+    def merged(self, model: nn.Module, packed: Mapping[str, Packed], seed: int = 0) -> dict[str, Packed]:
         """Return the quantised weights of an adapted model with its adapters in them.
 
         To all columns of group l in row j an adapter adds the same s (B A)_jl (for means, over their number). That is a
-        change of the group's zero factor, and of nothing else: every integer and scale stays, and nothing is rounded anew.
+        change of the group's zero factor, and of nothing else: every integer and scale stays, and nothing is rounded anew
+        but zero factors that are stored in float16, at random.
         """
         found = {}
         for name, weight in packed.items():
             linear: Any = model.get_submodule(name)
             shift = linear.group_b.detach().cpu() @ linear.group_a.detach().cpu()
-            shifted = weight.shifted(shift * self._scale(weight.columns, shift))
+            shifted = weight.shifted(shift * self._scale(weight.columns, shift), seed_of(seed, name))
             found[name] = shifted.checked(f"{self.name}: {name}")
         return found
 

@@ -12,6 +12,15 @@ from flexi_plugins.errors import FlexiError
 
 Schedule = Literal["cosine", "linear", "constant"]
 """How the learning rate goes on behind its rise (see ``rate``)."""
+DEVICES = ("cpu", "cuda", "cuda:0")
+
+
+def unfit(device: str, dtype: str) -> Iterator[str]:
+    """Yield why nothing can be trained on a device in a compute dtype."""
+    if device not in DEVICES:
+        yield f"device {device!r}, expected one of {', '.join(DEVICES)}: CUDA_VISIBLE_DEVICES chooses another GPU"
+    if dtype == "float16" and device == "cpu":
+        yield "float16 can be trained in on a GPU alone: take bfloat16 or float32"
 
 
 @dataclass(frozen=True)

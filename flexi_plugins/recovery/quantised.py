@@ -71,9 +71,13 @@ class Packed:
             weight[part] = values if seed is None else stochastically_rounded(values, weight.dtype, seed + number)
         return weight
 
-    def shifted(self, shift: Tensor) -> Packed:
-        """Return the weight with ``shift`` (rows, groups) added to all columns of a group: its integers stay the same."""
-        return replace(self, zeros=(self.zeros.float() + shift.to(self.zeros.device)).to(self.zeros.dtype))
+    def shifted(self, shift: Tensor, seed: int = 0) -> Packed:
+        """Return the weight with ``shift`` (rows, groups) added to all columns of a group: its integers stay the same.
+
+        Zero factors of float16 are rounded at random (see ``stochastically_rounded``).
+        """
+        zeros = self.zeros.float() + shift.to(self.zeros.device)
+        return replace(self, zeros=stochastically_rounded(zeros, self.zeros.dtype, seed))
 
     def checked(self, name: str) -> Packed:
         """Return self; raise a FlexiError that names the weight if a scale or zero factor is not finite."""

@@ -110,10 +110,7 @@ class _Listener:
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clock; what an earlier process trained is done."""
-        done = self.monitor.steps.tokens(state.global_step)
-        self.monitor.begun = time.monotonic(), done
-        if done:
-            self.monitor.advance(done)
+        self.monitor.begun = time.monotonic(), self.monitor.steps.tokens(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Look at one step; all processes see the same sums, so that they stop together."""
@@ -221,8 +218,8 @@ def read_state(model: nn.Module, path: Path) -> None:
         parameter.data.copy_(state[name])
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """Return the newest whole checkpoint; what a kill left unfinished is deleted.
+def last_checkpoint(folder: Path) -> tuple[str | None, int]:
+    """Return the newest whole checkpoint and its step; what a kill left unfinished is deleted.
 
     Trainer writes the file with the step and the curve last.
     """
@@ -233,8 +230,8 @@ def last_checkpoint(folder: Path) -> str | None:
         except (OSError, ValueError):
             shutil.rmtree(found[step], ignore_errors=True)
         else:
-            return str(found[step])
-    return None
+            return str(found[step]), step
+    return None, 0
 
 
 @contextmanager

@@ -26,14 +26,13 @@ from flexi_plugins.errors import FlexiError
 from flexi_plugins.hookspecs import IGNORED, RecoveryRequest
 from flexi_plugins.recovery.copies import trainable
 from flexi_plugins.recovery.monitor import Loss, Monitor, Trained
-from flexi_plugins.recovery.options import Steps, TrainingOptions
+from flexi_plugins.recovery.options import Steps, TrainingOptions, unfit
 from flexi_plugins.recovery.trainer import STATE, last_checkpoint, quiet, read_state, trainer_for, write_state
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 START = "start.safetensors"  # the trained parameters before the first step
-DEVICES = ("cpu", "cuda", "cuda:0")
 
 
 def next_token_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -91,8 +90,9 @@ def train(
             write_state(model, folder / START)
         trainer.accelerator.wait_for_everyone()
         title = f"{who}: training {sum(p.numel() for p in trainable(model).values()):,} parameters"
-        with request.progress(title, steps.tokens(steps.total)) as monitor.advance:
-            trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+        checkpoint, done = last_checkpoint(folder)
+        with request.progress(title, steps.tokens(steps.total) - steps.tokens(done)) as monitor.advance:
+            trainer.train(resume_from_checkpoint=checkpoint)
         kept = monitor.kept(trainer.state.log_history)
         if monitor.stopped or kept["step"] != trainer.state.global_step:
             read_state(model, folder / (f"checkpoint-{kept['step']}/{STATE}" if kept["step"] else START))
@@ -124,12 +124,7 @@ def _check(request: RecoveryRequest, model: nn.Module, options: TrainingOptions,
     for name, labels in (("text", text.labels[:windows]), ("held-out text", held_out.labels)):
         if not problems and not bool(labels[:, 1:].ne(IGNORED).any()):
             problems.append(f"the {name} has no target: all its labels are {IGNORED}")
-    if request.device not in DEVICES:
-        problems.append(
-            f"device {request.device!r}, expected one of {', '.join(DEVICES)}: CUDA_VISIBLE_DEVICES chooses another GPU"
-        )
-    if request.dtype == "float16" and request.device == "cpu":
-        problems.append("float16 can be trained in on a GPU alone: take bfloat16 or float32")
+    problems += unfit(request.device, request.dtype)
     if not trainable(model):
         problems.append("no parameter of the model requires a gradient, so there is nothing to train")
     if problems:
