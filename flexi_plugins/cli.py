@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -269,12 +270,10 @@ def recover(
     \b
     Example: flexi recover --plan plan.json --method lora --tokens 24576 -o recovered/
     """
-    from dataclasses import asdict
-
     from flexi_plugins.corpora.files import find_corpus
     from flexi_plugins.data import digest
     from flexi_plugins.machine import first_process, take_own_gpu
-    from flexi_plugins.plugins import Plugins, options_json
+    from flexi_plugins.plugins import Plugins
     from flexi_plugins.pruner import Training
 
     _check_new(output)
@@ -290,7 +289,7 @@ def recover(
     pruner.check_recovery(chosen)
     checkpoints = output.with_name(f"{output.name}.training")
     made, by = _kept_plan(pruner, asked, checkpoints)
-    left = checkpoints / digest([method, options_json(chosen), asdict(setting)])[:12]
+    left = checkpoints / digest([method, repr(chosen), repr(setting)])[:12]
     trained = pruner.recover(made, chosen, setting, left, by)
     if first_process():
         _write_trained(pruner, trained, checkpoints, left, output)
@@ -312,9 +311,7 @@ def evaluate(
     ] = "python-docs",
     window: Annotated[int, typer.Option("--window", help="Perplexity window, tokens.")] = 512,
     tokens: Annotated[int, typer.Option("--tokens", help="Perplexity tokens.")] = 8192,
-    efficiency: Annotated[
-        bool, typer.Option("--efficiency", help="Measure speed and memory, on the CPU, as well.")
-    ] = False,
+    efficiency: Annotated[bool, typer.Option("--efficiency", help="Measure speed and memory on the CPU.")] = False,
     data: Data = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -647,8 +644,6 @@ def _write_model(pruner: Pruner, planned: Planned, output: Path, as_json: bool) 
 
 def _write_trained(pruner: Pruner, trained: Planned, checkpoints: Path, left: Path, output: Path) -> None:
     """Write a trained model beside its checkpoints, with the files that its method left, then move it in place."""
-    import shutil
-
     unfinished = checkpoints / "model"
     shutil.rmtree(unfinished, ignore_errors=True)
     pruner.write(trained, unfinished)
