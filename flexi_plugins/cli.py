@@ -271,7 +271,6 @@ def recover(
     Example: flexi recover --plan plan.json --method lora --tokens 24576 -o recovered/
     """
     from flexi_plugins.corpora.files import find_corpus
-    from flexi_plugins.data import digest
     from flexi_plugins.machine import first_process, take_own_gpu
     from flexi_plugins.plugins import Plugins
     from flexi_plugins.pruner import Training
@@ -289,7 +288,7 @@ def recover(
     pruner.check_recovery(chosen)
     checkpoints = output.with_name(f"{output.name}.training")
     made, by = _kept_plan(pruner, asked, checkpoints)
-    left = checkpoints / digest([method, repr(chosen), repr(setting)])[:12]
+    left = checkpoints / "training" / method  # another method may have left files of its own there before
     trained = pruner.recover(made, chosen, setting, left, by)
     if first_process():
         _write_trained(pruner, trained, checkpoints, left, output)

@@ -110,7 +110,7 @@ def test_what_another_training_left_beside_its_checkpoints_is_not_taken(
     with monkeypatch.context() as patch:
         patch.setattr(Pruner, "write", stopped)
         recover(tmp_path / "out", *MERGED, "--recovery-option=group_size=8", method="group-quant")
-    assert list((tmp_path / "out.training").glob("*/weights.packed"))
+    assert list((tmp_path / "out.training").glob("training/group-quant/weights.packed"))
     done = recover(tmp_path / "out", *MERGED)
     assert done.exit_code == 0, done.output
     assert not (tmp_path / "out" / "weights.packed").exists()
