@@ -288,10 +288,10 @@ def recover(
     pruner.check_recovery(chosen)
     checkpoints = output.with_name(f"{output.name}.training")
     made, by = _kept_plan(pruner, asked, checkpoints)
-    left = checkpoints / "training" / method  # another method may have left files of its own there before
-    trained = pruner.recover(made, chosen, setting, left, by)
+    of_method = checkpoints / "training" / method
+    trained = pruner.recover(made, chosen, setting, of_method, by)
     if first_process():
-        _write_trained(pruner, trained, checkpoints, left, output)
+        _write_trained(pruner, trained, checkpoints, of_method, output)
         show_written(trained.plan, pruner.checkpoint, output, as_json)
 
 
@@ -641,12 +641,12 @@ def _write_model(pruner: Pruner, planned: Planned, output: Path, as_json: bool) 
     show_written(planned.plan, pruner.checkpoint, output, as_json)
 
 
-def _write_trained(pruner: Pruner, trained: Planned, checkpoints: Path, left: Path, output: Path) -> None:
-    """Write a trained model beside its checkpoints, with the files that its method left, then move it in place."""
+def _write_trained(pruner: Pruner, trained: Planned, checkpoints: Path, of_method: Path, output: Path) -> None:
+    """Write a trained model beside its checkpoints, with what its method (not one before) left, then move it in place."""
     unfinished = checkpoints / "model"
     shutil.rmtree(unfinished, ignore_errors=True)
     pruner.write(trained, unfinished)
-    for file in left.glob("*"):
+    for file in of_method.glob("*"):
         if file.is_file():
             shutil.move(file, unfinished / file.name)
     unfinished.rename(output)

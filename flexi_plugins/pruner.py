@@ -270,7 +270,8 @@ class Pruner:
 
         Both are of the part of the corpus that is for calibration, and share no window: which state is kept depends on the
         second, so that nothing which is measured afterwards may be in it, nor a window of calibration, to which the pruned
-        model may have been fitted. Of the windows drawn, the first that are none make it up.
+        model may have been fitted: of the windows drawn, the first that are none make it up. Where there are too few, it says
+        so.
         """
         if setting not in self._texts:
             corpus = find_corpus(setting.corpus, {n: e.object for n, e in self.plugins.entries("corpus").items()})
@@ -280,6 +281,12 @@ class Pruner:
             )
             seen = self._calibrated(setting, text)
             order = sorted(range(count), key=seen.__contains__)  # in their order otherwise
+            shared = seen.intersection(order[: setting.held_out])
+            if shared:
+                self.progress.say(
+                    f"training: {len(shared)} of {setting.held_out} windows that decide which state is kept are windows of "
+                    "calibration, since too few others were drawn; take a longer text or another length"
+                )
             held_out, rest = (
                 TrainingText(text.ids[part], text.labels[part])
                 for part in (order[: setting.held_out], order[setting.held_out :])

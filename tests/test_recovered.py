@@ -274,6 +274,20 @@ def test_windows_of_calibration_are_trained_on_before_they_choose_a_state(own: T
     assert torch.equal(again.ids, torch.cat([text.ids[3:], held_out.ids[1:3], text.ids[:1]]))
 
 
+def test_it_is_said_where_only_windows_of_calibration_are_left_to_choose_by(
+    own: TinyPruner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting, said = Training(length=16, tokens=0, held_out=5), []
+    own.calibration = Calibration(length=8)
+    own.texts = own.training_texts(setting)[1].ids[:2], torch.zeros(1, 1), ""
+    own._texts.clear()
+    own.calibration = Calibration(length=16)
+    monkeypatch.setattr(own.progress, "say", said.append)
+    own.training_texts(setting)
+    assert len(said) == 1
+    assert said[0].startswith("training: 2 of 5 windows that decide which state is kept are windows of calibration")
+
+
 @pytest.mark.parametrize(("name", "least"), [("length", 2), ("tokens", 0), ("held_out", 1)])
 def test_numbers_that_no_text_has_are_refused(name: str, least: int) -> None:
     with pytest.raises(FlexiError, match=rf"training: {name} = {least - 1}, expected {least} or more"):

@@ -146,9 +146,7 @@ def documents(text: str) -> list[str]:
     """Return the instructions of a file in Alpaca's template, each of which begins like the first."""
     first = text.lstrip().partition("\n")[0].split(",")[0].split(".")[0]  # both forms of the template begin so
     if not first:
-        raise FlexiError(
-            "corpus 'alpaca': its file is empty; expected instructions in Alpaca's template, as in the papers"
-        )
+        raise FlexiError("corpus 'alpaca': its file is empty; expected instructions in Alpaca's template")
     return [first + part.rstrip("\n") for part in text.split(first)[1:]]
 
 

@@ -45,7 +45,7 @@ def likelihoods(
     keys = [digest([setting, str(rounding), p.requests]) for p in packs]
     hashes = [p.plan.hash for p in planned]
     known: dict[tuple[int, int], Sequence[Any] | None] = {
-        (g, p): journal.get(hashes[p], keys[g]) if journal else None
+        (g, p): None if journal is None else journal.get(hashes[p], keys[g])
         for g in range(len(packs))
         for p in range(len(planned))
     }
@@ -58,7 +58,7 @@ def likelihoods(
     with progress(title, sweeper.work(planned, batches, wanted)) as advance:
         for g, found in sweeper.sweep(planned, batches, wanted=wanted, advance=advance):
             for p, answer in found.items():
-                if journal:
+                if journal is not None:
                     journal.put(hashes[p], keys[g], answer)
                 known[g, p] = answer
     for (g, p), kept in known.items():

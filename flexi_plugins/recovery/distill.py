@@ -5,10 +5,11 @@ the original's state in front of the group enters the merged block, a KL loss co
 state behind the group, and the merged block alone is optimised. Our reading: KL(original || block) over softmaxed hidden
 channels, times T^2 as in Hinton and others (arXiv 1503.02531), mean over the tokens that predict a target; all weights of a
 block at full rank, with AdamW; rate and schedule, steps and the kept state are those of all methods (``TrainingOptions``),
-since none was found. What "single-process" and "multi-process" post-training are is not explained: one reading is
-one training after all merges or one after each (``when``); another, since blocks that the original feeds are independent,
-how many are trained at once; together they are kept, and stopped, together. ``input = "student"`` has them feed each other. Where
-Prune&Comp's gains scale the stream, the state behind a block is compared as the next block receives it.
+since none was found. What "single-process" and "multi-process" post-training are is not explained: one reading is one
+training after all merges or one after each (``when``); another, since blocks that the original feeds are independent, how
+many are trained at once. Blocks of one such group are stopped, and the state that is kept is chosen, by the sum of their
+losses. ``input = "student"`` has them feed each other. Where Prune&Comp's gains scale the stream, the state behind a block
+is compared as the next block receives it.
 
 The budget: each token of text passes each trained block once, forward and backward, whether blocks are trained together
 or one after another. The original's own forward passes are not in it.
