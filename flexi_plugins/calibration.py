@@ -21,7 +21,7 @@ from flexi_plugins.execution.blocks import Blocks
 from flexi_plugins.execution.packing import BATCH_TOKENS
 from flexi_plugins.execution.readout import Batch
 from flexi_plugins.execution.sweep import Planned, Sweeper
-from flexi_plugins.hookspecs import BlockTrace, GradientTrace, Statistic
+from flexi_plugins.hookspecs import BlockTrace, GradientTrace, Statistic, no_progress
 from flexi_plugins.numerics import row_distance
 
 Sums = dict[str, Tensor]
@@ -88,23 +88,28 @@ class Calibrator:
             self.gradient_sweeper.forget(lambda prefix: prefix not in prefixes)
         self.blocks.keep_only(list(plans))
 
-    def losses(self, planned: Sequence[Planned]) -> list[float]:
+    def losses(self, planned: Sequence[Planned], progress: Callable[..., Any] = no_progress) -> list[float]:
         """Return the mean negative log-likelihood of plans on the calibration windows, nats per token; one sweep.
 
         What they have in common with a model whose statistics were taken last is not run again, nor is a plan that was
-        asked for before: the search for a higher ratio begins with that for a lower one.
+        asked for before: the search for a higher ratio begins with that for a lower one. progress(title, total): a
+        context manager that yields ``advance(n)``.
         """
         missing = list({p.plan.hash: p for p in planned if p.plan.hash not in self._losses}.values())
-        self._losses |= dict(zip([p.plan.hash for p in missing], self._measured(missing), strict=True))
+        if missing:
+            title, tokens = f"trying {len(missing)} models", self.sweeper.work(missing, self.batches, lambda *_: True)
+            with progress(title, tokens) as advance:
+                found = self._measured(missing, advance)
+            self._losses |= dict(zip([p.plan.hash for p in missing], found, strict=True))
         return [self._losses[p.plan.hash] for p in planned]
 
-    def _measured(self, planned: Sequence[Planned]) -> list[float]:
+    def _measured(self, planned: Sequence[Planned], advance: Callable[[int], None]) -> list[float]:
         batches = [
             Batch(b.ids, [(r, range(len(row) - 1), row[1:]) for r, row in enumerate(b.ids.tolist())])
             for b in self.batches
         ]
         totals = [0.0] * len(planned)
-        for _, answers in self.sweeper.sweep(planned, batches):
+        for _, answers in self.sweeper.sweep(planned, batches, advance=advance):
             for index, answer in answers.items():
                 totals[index] -= sum(logprob for logprob, _ in answer)
         targets = sum(b.ids.numel() - len(b.ids) for b in batches)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,8 @@ class Measurer:
             except Exception as error:  # as above; StopIteration: it gave fewer outcomes than there are candidates
                 yield from [self._broken(evaluator, error)] * (len(candidates) - index)
                 return
+            if index + 1 == len(candidates) and isinstance(made, Generator):
+                made.close()  # what it holds and shows goes before the next evaluator comes
             yield self._located(outcome, candidate.plan)
 
     def _located(self, outcome: Outcome, plan: PruningPlan) -> Outcome:

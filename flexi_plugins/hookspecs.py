@@ -9,7 +9,8 @@ with defaults, and ``dataclasses.replace`` sets them; ``name`` and ``paper`` are
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -274,6 +275,12 @@ def _no_statistics(names: Iterable[str]) -> Statistics:
     raise RuntimeError("this request cannot take statistics")
 
 
+@contextmanager
+def no_progress(title: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+    """Show nothing, where a ``progress`` is asked for."""
+    yield lambda n=1, note="": None
+
+
 def _no_traces(*_: Any) -> Iterable[tuple[BlockTrace, Tensor]]:
     raise RuntimeError("this request cannot run blocks")
 
@@ -289,6 +296,7 @@ class PruningRequest:
     model's, mean over tokens; "chrf": minus chrF++ of what it generates as the second half of each calibration window;
     infinity where a model breaks down.
     Tensors that the plan so far has are known; others are made by the strategy that a plan's origin names.
+    progress(title, total): for what takes long, a context manager that yields ``advance(n, note="")``.
     """
 
     shape: ModelShape
@@ -299,6 +307,7 @@ class PruningRequest:
     scores: Scores | None = None
     seed: int = 0
     quality: Callable[..., list[float]] = _no_quality
+    progress: Callable[..., Any] = no_progress
 
     @property
     def counting(self) -> bool:

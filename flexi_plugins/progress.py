@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 Advance = Callable[..., None]
@@ -13,12 +13,16 @@ SECONDS_BETWEEN_LINES = 20
 
 
 class Progress:
-    """Shows stages. ``quiet`` shows nothing."""
+    """Shows stages. ``quiet`` shows nothing.
+
+    A stage within another is shown below it while it lasts, and where there is no terminal by its lines now and then alone.
+    """
 
     def __init__(self, quiet: bool = False) -> None:
         from rich.console import Console
 
         self.console = Console(stderr=True, quiet=quiet)
+        self._outer: Any = None  # the bars of the stages that are shown, or a word that there are some
 
     def say(self, text: str) -> None:
         """Print one line."""
@@ -27,21 +31,27 @@ class Progress:
     @contextmanager
     def stage(self, title: str, total: int | None = None) -> Iterator[Advance]:
         """Yield ``advance(n)`` for a stage of ``total`` steps; the time it took is printed when it ends."""
-        start = time.monotonic()
-        if self.console.is_terminal:
-            with self._bar() as bar:
-                task: Any = bar.add_task(title, total=total)
+        start, outer = time.monotonic(), self._outer
+        with ExitStack() as stack:
+            stack.callback(setattr, self, "_outer", outer)
+            if self.console.is_terminal:
+                bars = self._outer = outer or stack.enter_context(self._bars())
+                task: Any = bars.add_task(title, total=total)
+                stack.callback(bars.remove_task, task)
 
                 def advance(n: int = 1, note: str = "") -> None:
-                    bar.update(task, advance=n, description=f"{title}: {note}" if note else title)
+                    bars.update(task, advance=n, description=f"{title}: {note}" if note else title)
 
                 yield advance
-        else:
-            self.say(f"{title} ...")
-            yield _Lines(self.say, title, total)
-        self.say(f"{title}: {time.monotonic() - start:.1f} s")
+            else:
+                self._outer = "lines"
+                if outer is None:
+                    self.say(f"{title} ...")
+                yield _Lines(self.say, title, total)
+        if outer is None:
+            self.say(f"{title}: {time.monotonic() - start:.1f} s")
 
-    def _bar(self) -> Any:
+    def _bars(self) -> Any:
         from rich.progress import (
             BarColumn,
             SpinnerColumn,

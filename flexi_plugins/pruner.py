@@ -503,6 +503,7 @@ class Pruner:
             weights=PlanWeights(planned.plan, self.checkpoint, planned.attached),
             seed=self.seed,
             quality=partial(self._quality, planned),
+            progress=self.progress.stage,
         )
 
     def _quality(
@@ -517,7 +518,7 @@ class Pruner:
         A model that breaks down, with states that are not finite, is infinitely bad.
         """
         measures: dict[str, Callable[[list[Planned]], list[float]]] = {
-            "loss": self.calibrator.losses,
+            "loss": lambda found: self.calibrator.losses(found, self.progress.stage),
             "turn": self.calibrator.turns,
             "chrf": lambda found: chrf(found, self.model, self.texts[0], self.tokenizer, self.progress),
         }

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -728,6 +729,47 @@ def test_a_bar_says_what_is_done_and_how_long_is_left() -> None:
     assert "50%" in said
     assert "left" in said
     assert "a line in between" in said
+
+
+def test_a_stage_within_another_is_shown_while_it_lasts() -> None:
+    shown = Progress()
+    shown.console = Console(file=io.StringIO(), width=100, force_terminal=True)
+    with shown.stage("planning", 2) as advance:
+        for _ in range(2):
+            with shown.stage("distances of donors", 4) as within:
+                within(3)
+                time.sleep(0.2)  # a bar is drawn ten times a second
+            advance(1)
+    with shown.stage("measuring", 1) as advance:
+        advance(1)
+    said = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.console.file.getvalue())
+    assert all(title in said for title in ("planning", "distances of donors", "75%", "measuring"))
+    assert re.findall(r"(\w+): [\d.]+ s$", said, re.MULTILINE) == ["planning", "measuring"]
+
+
+def test_a_stage_within_another_has_no_lines_of_its_own_unless_it_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(0, 10_000, 15))
+    shown = Progress()
+    shown.console = Console(file=io.StringIO(), width=200)
+    with shown.stage("planning", 2):
+        with shown.stage("a short one", 4) as advance:
+            advance(1)
+        monkeypatch.setattr("flexi_plugins.progress.time.monotonic", lambda: next(now))
+        with shown.stage("a long one", 4) as advance:
+            for _ in range(4):
+                advance(1)
+    lines = shown.console.file.getvalue().splitlines()
+    assert [line.split(":")[0] for line in lines] == ["planning ...", "a long one", "planning"]
+
+
+def test_an_error_within_a_stage_leaves_none_shown() -> None:
+    shown = Progress()
+    shown.console = Console(file=io.StringIO(), width=200)
+    with pytest.raises(ValueError, match="broken"), shown.stage("planning"), shown.stage("inner"):
+        raise ValueError("broken")
+    with shown.stage("measuring"):
+        pass
+    assert shown.console.file.getvalue().startswith("planning ...\nmeasuring ...\nmeasuring: ")
 
 
 def test_quiet_progress_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:

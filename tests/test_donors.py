@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -268,6 +269,23 @@ def test_a_search_leaves_only_numbers_behind():
     (distances,) = weights.cache.values()
     assert len(distances) == 15
     assert all(type(d) is float for d in distances.values())
+
+
+@pytest.mark.parametrize("distance", ["reconstruction", "difference", "frobenius"])
+def test_a_search_reports_every_step_that_it_announces(distance):
+    shown = []
+
+    @contextmanager
+    def progress(title, total):
+        done = []
+        yield done.append
+        shown.append((title, total, sum(done)))
+
+    weights, pairs = Reading(SHAPE, {}), [(1, 0), (1, 3), (2, 0)]
+    for _ in range(2):  # what is known is not announced again
+        donor_distances(weights, SHAPE, pairs, RANK, "exact", distance, progress)
+    steps = 7 * (15 + 6 if distance == "reconstruction" else 3)
+    assert shown == [("distances of donors", steps, steps)]
 
 
 def test_rank_zero_has_no_distances_and_takes_any_donor():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -621,3 +622,25 @@ def test_losses_are_transformers_losses():
         every = logits(built(one.plan, model, one.attached), WINDOWS)
         expected = F.cross_entropy(every[:, :-1].flatten(0, 1), WINDOWS[:, 1:].flatten())
         assert found == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_losses_announce_the_tokens_that_their_blocks_take(seen):
+    checkpoint, shown = opened(tiny("llama-tied")), []
+
+    @contextmanager
+    def progress(title, total):
+        done = []
+        yield done.append
+        shown.append((title, total, sum(done)))
+
+    identity = PruningPlan.identity(checkpoint.shape)
+    plans = [Planned(identity), Planned(replace(identity, blocks=(*identity.blocks[:2], *identity.blocks[3:])))]
+    taken = calibrator(checkpoint)
+    if seen:  # its states are kept: only what follows the removed block is run
+        taken.statistics(plans[0], FORWARD)
+    for _ in range(2):  # known losses take nothing
+        taken.losses(plans, progress)
+    blocks = len(identity.blocks)
+    runs = (0 if seen else blocks) + blocks - 3
+    assert shown == [("trying 2 models", runs * WINDOWS.numel(), runs * WINDOWS.numel())]

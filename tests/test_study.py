@@ -578,6 +578,36 @@ class Judge:
 JUDGE = '\n[[evaluation]]\nevaluator = "judge"\n'
 
 
+@dataclass(frozen=True)
+class Showing(Judge):
+    """One that shows how far it is, and holds something meanwhile."""
+
+    name: ClassVar[str] = "showing"
+    log: ClassVar[list[str]] = []
+
+    def evaluate(self, request: Any) -> Iterator[Outcome]:
+        with request.progress("showing", len(request.candidates)) as advance:
+            self.log.append("begins")
+            try:
+                for outcome in super().evaluate(request):
+                    yield outcome
+                    advance(1)
+            finally:
+                self.log.append("ends")
+
+
+def test_an_evaluator_ends_before_the_next_begins(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Showing, "log", [])
+    end = JUDGE.replace("judge", "showing") + JUDGE
+    file = make_study(tmp_path / "s.toml", model, text, ["come"], ["remove-blocks"], end=end)
+    plain = Judge.evaluate
+    monkeypatch.setattr(Judge, "evaluate", lambda self, r: (Showing.log.append(self.name), plain(self, r))[1])
+    run_study(file, tmp_path / "run", plugins_with(evaluators=[Showing(), Judge()]))
+    assert Showing.log == ["begins", "showing", "ends", "judge"]
+
+
 @pytest.mark.parametrize(
     ("how", "reason", "failed"),
     [

@@ -78,11 +78,14 @@ class Sweeper:
     # -- sweeping
 
     def work(self, planned: Sequence[Planned], batches: Sequence[Batch], wanted: Callable[[int, int], bool]) -> int:
-        """Return the tokens of all blocks that a sweep passes for what is wanted, as ``advance`` reports them."""
+        """Return the tokens of all blocks that a sweep runs for what is wanted, as ``advance`` reports them."""
         nodes = build_trie([p.plan for p in planned], self.prefixes)
-        asked = ({p for p in range(len(planned)) if wanted(b, p)} for b in range(len(batches)))
-        passed = (sum(not n.plans.isdisjoint(plans) for n in nodes) for plans in asked)
-        return sum(batch.ids.numel() * count for batch, count in zip(batches, passed, strict=True))
+
+        def runs(b: int) -> int:
+            plans = {p for p in range(len(planned)) if wanted(b, p)}
+            return sum((b, n.prefix) not in self.kept_states and not n.plans.isdisjoint(plans) for n in nodes)
+
+        return sum(batch.ids.numel() * runs(b) for b, batch in enumerate(batches))
 
     def sweep(
         self,

@@ -13,15 +13,23 @@ product, and no normalisation.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from flexi_plugins.budget import check_reach, least_loss, smallest
 from flexi_plugins.data import BlockRecipe, ModelShape, Part, PruningPlan
 from flexi_plugins.errors import FlexiError
-from flexi_plugins.hookspecs import Budget, PruningRequest, ReplacementStrategy, TensorRequest, Weights, hookimpl
+from flexi_plugins.hookspecs import (
+    Budget,
+    PruningRequest,
+    ReplacementStrategy,
+    TensorRequest,
+    Weights,
+    hookimpl,
+    no_progress,
+)
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -87,24 +95,26 @@ class ShareLora:
             count = smallest(len(order), lambda n: self._sharing(shape, order[:n]), request.budget, self.name)
         if not 0 < count <= len(order):
             raise FlexiError(f"{self.name}: blocks = {count}, expected 1..{len(order)} on this model")
-        return self._sharing(shape, order[:count], request.weights)
+        return self._sharing(shape, order[:count], request)
 
-    def _sharing(self, shape: ModelShape, gone: Sequence[int], weights: Weights | None = None) -> PruningPlan:
+    def _sharing(self, shape: ModelShape, gone: Sequence[int], request: PruningRequest | None = None) -> PruningPlan:
         blocks = list(PruningPlan.identity(shape).blocks)
-        nearest = self._nearest(gone, weights, shape) if weights else {}
+        nearest = self._nearest(gone, request, request.weights) if request and request.weights else {}
         for block in gone:
             donors = [j for j, s in enumerate(shape.blocks) if j not in gone and s == shape.blocks[block]]
-            donor = nearest[block] if weights else donors[0]
+            donor = nearest.get(block, donors[0])
             blocks[block] = BlockRecipe(
                 parts=(Part(block),), shares=donor, rank=self._rank(shape), output_norm=self.output_norm
             )
         return PruningPlan(shape, tuple(blocks))
 
-    def _nearest(self, gone: Sequence[int], weights: Weights, shape: ModelShape) -> dict[int, int]:
+    def _nearest(self, gone: Sequence[int], request: PruningRequest, weights: Weights) -> dict[int, int]:
         """Return the nearest of the blocks that stay, of the same widths, for each that goes."""
+        shape = request.shape
         stay = [j for j in range(len(shape.blocks)) if j not in gone]
         pairs = [(i, j) for i in gone for j in stay if shape.blocks[i] == shape.blocks[j]]
-        distances = donor_distances(weights, shape, pairs, self._rank(shape), self.svd, self.donor)
+        how = self._rank(shape), self.svd, self.donor
+        distances = donor_distances(weights, shape, pairs, *how, request.progress)
         return {i: min((j for own, j in pairs if own == i), key=lambda j: distances[frozenset((i, j))]) for i in gone}
 
     def finished(self, plan: PruningPlan, budget: Budget) -> bool:
@@ -191,12 +201,14 @@ def donor_distances(
     rank: int,
     svd: SvdMethod = "auto",
     distance: DonorDistance = "reconstruction",
+    progress: Callable[..., Any] = no_progress,
 ) -> Mapping[frozenset[int], float]:
     """Return d of pairs of blocks of equal widths, summed over their linear maps; each is computed once per model.
 
     Of a small model all pairs are computed at once: factorisations are most of the work, and other scores or ratios ask
     for other pairs. One role at a time, so that only its factors are held: at rank 256 half a gigabyte for an MLP map of
-    LLaMA-7B. Raise a FlexiError that names a map that is not finite.
+    LLaMA-7B. progress(title, total): a context manager that yields ``advance(n)``. Raise a FlexiError that names a map
+    that is not finite.
     """
     from flexi_plugins.numerics import SMALL
 
@@ -204,32 +216,46 @@ def donor_distances(
     missing = [pair for pair in pairs if frozenset(pair) not in known]
     for kind in {shape.blocks[i] for i, _ in missing}:
         wanted = [pair for pair in missing if shape.blocks[pair[0]] == kind]
-        if distance != "reconstruction":
-            known |= _plain_distances(weights, shape, wanted, rank if distance == "difference" else 0)
-            continue
-        if shape.hidden <= SMALL:
+        plain = distance != "reconstruction"
+        if shape.hidden <= SMALL and not plain:
             wanted = list(combinations([i for i, block in enumerate(shape.blocks) if block == kind], 2))
-        known |= _distances(weights, shape, wanted, rank, svd)
+        steps = len(shape.maps(kind)) * (len(wanted) + (0 if plain else len({i for pair in wanted for i in pair})))
+        with progress("distances of donors", steps) as advance:
+            if plain:
+                known |= _plain_distances(weights, shape, wanted, rank if distance == "difference" else 0, advance)
+            else:
+                known |= _distances(weights, shape, wanted, rank, svd, advance)
     return known
 
 
 def _distances(
-    weights: Weights, shape: ModelShape, pairs: Sequence[tuple[int, int]], rank: int, svd: SvdMethod
+    weights: Weights,
+    shape: ModelShape,
+    pairs: Sequence[tuple[int, int]],
+    rank: int,
+    svd: SvdMethod,
+    advance: Callable[[int], None],
 ) -> dict[frozenset[int], float]:
     distances = dict.fromkeys(map(frozenset, pairs), 0.0)
     for role in shape.maps(shape.blocks[pairs[0][0]]):
-        found = {
-            i: reconstruction(linear_map(weights, i, role), rank, svd) for i in sorted({i for p in pairs for i in p})
-        }
+        found = {}
+        for i in sorted({i for pair in pairs for i in pair}):
+            found[i] = reconstruction(linear_map(weights, i, role), rank, svd)
+            advance(1)
         for i in sorted({i for i, _ in pairs}):
             own = found[i].double()
             for j in (j for first, j in pairs if first == i):
                 distances[frozenset((i, j))] += tail_energy(own, found[j], rank)
+                advance(1)
     return distances
 
 
 def _plain_distances(
-    weights: Weights, shape: ModelShape, pairs: Sequence[tuple[int, int]], rank: int
+    weights: Weights,
+    shape: ModelShape,
+    pairs: Sequence[tuple[int, int]],
+    rank: int,
+    advance: Callable[[int], None],
 ) -> dict[frozenset[int], float]:
     """Return the Frobenius norm of W_i - W_j without its ``rank`` largest singular values, summed over the maps."""
     import torch
@@ -242,6 +268,7 @@ def _plain_distances(
             left = difference(linear_map(weights, i, role), linear_map(weights, j, role))
             tail = torch.linalg.svdvals(left)[rank:] if rank else left
             distances[frozenset((i, j))] += float(torch.linalg.vector_norm(tail.double()))
+            advance(1)
     return distances
 
 
