@@ -57,6 +57,7 @@ class Calibrator:
             tuple[str, int], Mapping[str, Tensor]
         ] = {}  # (statistic, prefix) -> quantities of one block
         self._losses: dict[str, float] = {}  # plan hash -> loss
+        self._turns: dict[str, float] = {}  # plan hash -> turn
         self._backward: dict[tuple[str, str], list[Mapping[str, Tensor]]] = {}  # (statistic, plan hash) -> per block
 
     def statistics(
@@ -95,15 +96,32 @@ class Calibrator:
         asked for before: the search for a higher ratio begins with that for a lower one. progress(title, total): a
         context manager that yields ``advance(n)``.
         """
-        missing = list({p.plan.hash: p for p in planned if p.plan.hash not in self._losses}.values())
-        if missing:
-            title, tokens = f"trying {len(missing)} models", self.sweeper.work(missing, self.batches, lambda *_: True)
-            with progress(title, tokens) as advance:
-                found = self._measured(missing, advance)
-            self._losses |= dict(zip([p.plan.hash for p in missing], found, strict=True))
-        return [self._losses[p.plan.hash] for p in planned]
+        return self._once(self._losses, planned, self._measured_losses, progress)
 
-    def _measured(self, planned: Sequence[Planned], advance: Callable[[int], None]) -> list[float]:
+    def turns(self, planned: Sequence[Planned], progress: Callable[..., Any] = no_progress) -> list[float]:
+        """Return 1 - cosine between what leaves the last block of plans and of the original, mean over tokens.
+
+        As with losses, what is known is not run again.
+        """
+        return self._once(self._turns, planned, self._measured_turns, progress)
+
+    def _once(
+        self,
+        known: dict[str, float],
+        planned: Sequence[Planned],
+        measured: Callable[[Sequence[Planned], Callable[[int], None]], list[float]],
+        progress: Callable[..., Any],
+    ) -> list[float]:
+        """Return a number of each plan: what is known of its hash, or what is measured now, and known from then on."""
+        missing = list({p.plan.hash: p for p in planned if p.plan.hash not in known}.values())
+        if missing:
+            tokens = self.sweeper.work(missing, self.batches, lambda *_: True)
+            with progress(f"trying {len(missing)} model(s)", tokens) as advance:
+                found = measured(missing, advance)
+            known |= dict(zip([p.plan.hash for p in missing], found, strict=True))
+        return [known[p.plan.hash] for p in planned]
+
+    def _measured_losses(self, planned: Sequence[Planned], advance: Callable[[int], None]) -> list[float]:
         batches = [
             Batch(b.ids, [(r, range(len(row) - 1), row[1:]) for r, row in enumerate(b.ids.tolist())])
             for b in self.batches
@@ -115,12 +133,11 @@ class Calibrator:
         targets = sum(b.ids.numel() - len(b.ids) for b in batches)
         return [total / targets for total in totals]
 
-    def turns(self, planned: Sequence[Planned]) -> list[float]:
-        """Return 1 - cosine between what leaves the last block of plans and of the original, mean over tokens."""
+    def _measured_turns(self, planned: Sequence[Planned], advance: Callable[[int], None]) -> list[float]:
         original = Planned(PruningPlan.identity(planned[0].plan.shape))
         together = [original, *planned]
         wanted = {prefix for _, prefix in self.sweeper.kept_states} | {*self.sweeper.prefixes.of(original.plan)}
-        for _ in self.sweeper.sweep(together, [Batch(b.ids) for b in self.batches], keep=True):
+        for _ in self.sweeper.sweep(together, [Batch(b.ids) for b in self.batches], keep=True, advance=advance):
             pass
         ends = [self.sweeper.prefixes.of(p.plan)[-1] for p in together]
         self.sweeper.check_finite(original.plan)

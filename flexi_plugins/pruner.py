@@ -519,7 +519,7 @@ class Pruner:
         """
         measures: dict[str, Callable[[list[Planned]], list[float]]] = {
             "loss": lambda found: self.calibrator.losses(found, self.progress.stage),
-            "turn": self.calibrator.turns,
+            "turn": lambda found: self.calibrator.turns(found, self.progress.stage),
             "chrf": lambda found: chrf(found, self.model, self.texts[0], self.tokenizer, self.progress),
         }
         if measure not in measures:

@@ -643,4 +643,16 @@ def test_losses_announce_the_tokens_that_their_blocks_take(seen):
         taken.losses(plans, progress)
     blocks = len(identity.blocks)
     runs = (0 if seen else blocks) + blocks - 3
-    assert shown == [("trying 2 models", runs * WINDOWS.numel(), runs * WINDOWS.numel())]
+    assert shown == [("trying 2 model(s)", runs * WINDOWS.numel(), runs * WINDOWS.numel())]
+
+
+@pytest.mark.parametrize("measure", ["losses", "turns"])
+def test_what_a_model_is_worth_is_measured_once(measure, monkeypatch):
+    checkpoint = opened(tiny("llama-tied"))
+    identity = PruningPlan.identity(checkpoint.shape)
+    plans = [Planned(replace(identity, blocks=(*identity.blocks[:i], *identity.blocks[i + 1 :]))) for i in (1, 2)]
+    taken = calibrator(checkpoint)
+    first = getattr(taken, measure)([plans[0], plans[1], plans[0]])
+    monkeypatch.setattr(Blocks, "run", None)
+    assert first == getattr(taken, measure)([plans[0], plans[1], plans[0]])
+    assert first[0] != first[1]
