@@ -44,14 +44,21 @@ DISTRIBUTIONS = (
 )
 COLUMNS = ("label", "model", "metric", "strategy", "ratio", "true_ratio", "recovery", "seed", "status", "reason")
 SIZES = ("stored_parameters", "runtime_parameters", "macs_per_token")
+NUMBERS = re.compile(
+    r'\[\n\s*([^\[\]{}"]+?)\n\s*\]'
+)  # a list of no text, a line an element: no string has a line break
 
 
 # ---------------------------------------------------------------------------------------------- files
 
 
 def to_text(value: Any, indent: int | None = None) -> str:
-    """Return strict JSON; NaN and infinities become ``{"float": "nan"}`` and the like, which ``from_text`` reads."""
-    return json.dumps(_spelt_out(value), indent=indent, allow_nan=False)
+    """Return strict JSON; NaN and infinities become ``{"float": "nan"}`` and the like, which ``from_text`` reads.
+
+    indent: as in ``json.dumps``, but a list of numbers (the heads and channels of a plan) stands on one line.
+    """
+    text = json.dumps(_spelt_out(value), indent=indent, allow_nan=False)
+    return NUMBERS.sub(lambda numbers: f"[{' '.join(numbers[1].split())}]", text)
 
 
 def from_text(text: str) -> Any:

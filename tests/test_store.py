@@ -395,3 +395,17 @@ def test_importing_the_store_loads_no_torch_and_no_pandas():
     script = "import sys, flexi_plugins.store; print({'torch', 'pandas', 'pyarrow'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_numbers_stand_on_one_line_and_text_is_left_alone():
+    value = {
+        "units": [1, 2, 3],
+        "losses": [0.5, math.inf, None, True],
+        "text": ["[\n 1,\n 2\n]", "[ 1,  2 ]"],
+        "nested": [[1, 2], {"a": [4]}, []],
+        "options": '{"windows": [\n  1\n]}',
+    }
+    text = store.to_text(value, 1)
+    assert store.from_text(text) == value
+    assert '"units": [1, 2, 3],' in text
+    assert store.from_text(store.to_text(value)) == value
