@@ -119,6 +119,16 @@ def test_several_seeds_become_mean_and_deviation():
     assert "one seed" in markdown(RECORDS)
 
 
+def test_what_one_seed_gave_twice_is_not_taken_for_two_seeds():
+    one = record("come", "remove-blocks", perplexity=50.0)
+    other = replace(
+        one, cell=replace(one.cell, fingerprint="e" * 64), measurements=(Measurement(PERPLEXITY, 60.0, False),)
+    )
+    second = record("come", "remove-blocks", perplexity=52.0, seed=1)
+    frame = ranking.ranked(store.rows([one, other, second]))
+    assert list(zip(frame["seeds"], frame[PERPLEXITY], strict=True)) == [("0 1", 51.0), ("0", 60.0)]
+
+
 def test_options_tell_rows_apart_and_are_not_taken_for_seeds():
     def merged(**options):
         return record("come", "concat-merge", options={"strategy": options})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -109,10 +110,13 @@ def flat_options(text: Any) -> dict[str, str]:
 
 
 def _groups(rows: Iterable[Row]) -> list[list[Row]]:
+    """Put the seeds of a method together. What one seed gave twice (by another version, of another file) is not two seeds."""
     groups: dict[Any, list[Row]] = {}
+    seen: Counter[Any] = Counter()
     for row in rows:
-        method = tuple(str(row[name]) for name in METHOD)
-        groups.setdefault((method, tuple(sorted(flat_options(row["options"]).items()))), []).append(row)
+        method = tuple(str(row[name]) for name in METHOD), tuple(sorted(flat_options(row["options"]).items()))
+        groups.setdefault((method, seen[method, row["seed"]]), []).append(row)
+        seen[method, row["seed"]] += 1
     return list(groups.values())
 
 
