@@ -119,6 +119,14 @@ def test_several_seeds_become_mean_and_deviation():
     assert "one seed" in markdown(RECORDS)
 
 
+def test_models_that_are_equal_stand_in_one_order():
+    equal = [record("come", s, options={"strategy": {"mode": m}}) for s in ("remove-units", "merge") for m in "ba"]
+    orders = [
+        ranking.ranked(store.rows(given))[["strategy", "variant"]].values.tolist() for given in (equal, equal[::-1])
+    ]
+    assert orders[0] == orders[1] == [[s, f"mode={m}"] for s in ("merge", "remove-units") for m in "ab"]
+
+
 def test_what_one_seed_gave_twice_is_not_taken_for_two_seeds():
     one = record("come", "remove-blocks", perplexity=50.0)
     other = replace(
