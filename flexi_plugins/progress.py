@@ -37,7 +37,8 @@ class Progress:
             if self.console.is_terminal:
                 bars = self._outer = outer or stack.enter_context(self._bars())
                 task: Any = bars.add_task(title, total=total)
-                stack.callback(bars.remove_task, task)
+                if outer is not None:  # else it goes with its bars
+                    stack.callback(bars.remove_task, task)
 
                 def advance(n: int = 1, note: str = "") -> None:
                     bars.update(task, advance=n, description=f"{title}: {note}" if note else title)
