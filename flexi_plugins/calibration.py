@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -103,7 +104,8 @@ class Calibrator:
 
         As with losses, what is known is not run again.
         """
-        return self._once(self._turns, planned, self._measured_turns, progress)
+        original = Planned(PruningPlan.identity(planned[0].plan.shape))
+        return self._once(self._turns, planned, partial(self._measured_turns, original), progress, beside=[original])
 
     def _once(
         self,
@@ -111,11 +113,15 @@ class Calibrator:
         planned: Sequence[Planned],
         measured: Callable[[Sequence[Planned], Callable[[int], None]], list[float]],
         progress: Callable[..., Any],
+        beside: Sequence[Planned] = (),
     ) -> list[float]:
-        """Return a number of each plan: what is known of its hash, or what is measured now, and known from then on."""
+        """Return a number of each plan: what is known of its hash, or what is measured now, and known from then on.
+
+        beside: plans that are run with them.
+        """
         missing = list({p.plan.hash: p for p in planned if p.plan.hash not in known}.values())
         if missing:
-            tokens = self.sweeper.work(missing, self.batches, lambda *_: True)
+            tokens = self.sweeper.work([*beside, *missing], self.batches, lambda *_: True)
             with progress(f"trying {len(missing)} model(s)", tokens) as advance:
                 found = measured(missing, advance)
             known |= dict(zip([p.plan.hash for p in missing], found, strict=True))
@@ -133,8 +139,9 @@ class Calibrator:
         targets = sum(b.ids.numel() - len(b.ids) for b in batches)
         return [total / targets for total in totals]
 
-    def _measured_turns(self, planned: Sequence[Planned], advance: Callable[[int], None]) -> list[float]:
-        original = Planned(PruningPlan.identity(planned[0].plan.shape))
+    def _measured_turns(
+        self, original: Planned, planned: Sequence[Planned], advance: Callable[[int], None]
+    ) -> list[float]:
         together = [original, *planned]
         wanted = {prefix for _, prefix in self.sweeper.kept_states} | {*self.sweeper.prefixes.of(original.plan)}
         for _ in self.sweeper.sweep(together, [Batch(b.ids) for b in self.batches], keep=True, advance=advance):

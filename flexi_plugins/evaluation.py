@@ -58,13 +58,13 @@ class Measurer:
         for index, candidate in enumerate(candidates):
             try:
                 outcome = next(made)
+                if index + 1 == len(candidates) and isinstance(made, Generator):
+                    made.close()  # what it holds and shows goes before the next evaluator comes
             except FlexiError:
                 raise
             except Exception as error:  # as above; StopIteration: it gave fewer outcomes than there are candidates
                 yield from [self._broken(evaluator, error)] * (len(candidates) - index)
                 return
-            if index + 1 == len(candidates) and isinstance(made, Generator):
-                made.close()  # what it holds and shows goes before the next evaluator comes
             yield self._located(outcome, candidate.plan)
 
     def _located(self, outcome: Outcome, plan: PruningPlan) -> Outcome:

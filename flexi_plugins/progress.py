@@ -22,7 +22,7 @@ class Progress:
         from rich.console import Console
 
         self.console = Console(stderr=True, quiet=quiet)
-        self._outer: Any = None  # the bars of the stages that are shown, or a word that there are some
+        self._shown: Any = None  # what shows the outermost stage while it lasts: bars, or its lines
 
     def say(self, text: str) -> None:
         """Print one line."""
@@ -31,11 +31,11 @@ class Progress:
     @contextmanager
     def stage(self, title: str, total: int | None = None) -> Iterator[Advance]:
         """Yield ``advance(n)`` for a stage of ``total`` steps; the time it took is printed when it ends."""
-        start, outer = time.monotonic(), self._outer
+        start, outer = time.monotonic(), self._shown
         with ExitStack() as stack:
-            stack.callback(setattr, self, "_outer", outer)
+            stack.callback(setattr, self, "_shown", outer)
             if self.console.is_terminal:
-                bars = self._outer = outer or stack.enter_context(self._bars())
+                bars = self._shown = outer or stack.enter_context(self._bars())
                 task: Any = bars.add_task(title, total=total)
                 if outer is not None:  # else it goes with its bars
                     stack.callback(bars.remove_task, task)
@@ -45,10 +45,10 @@ class Progress:
 
                 yield advance
             else:
-                self._outer = "lines"
                 if outer is None:
                     self.say(f"{title} ...")
-                yield _Lines(self.say, title, total)
+                lines = self._shown = _Lines(self.say, title, total)
+                yield lines
         if outer is None:
             self.say(f"{title}: {time.monotonic() - start:.1f} s")
 

@@ -44,9 +44,8 @@ DISTRIBUTIONS = (
 )
 COLUMNS = ("label", "model", "metric", "strategy", "ratio", "true_ratio", "recovery", "seed", "status", "reason")
 SIZES = ("stored_parameters", "runtime_parameters", "macs_per_token")
-NUMBERS = re.compile(
-    r'\[\n\s*([^\[\]{}"]+?)\n\s*\]'
-)  # a list of no text, a line an element: no string has a line break
+# A list of numbers, an element a line. Text is never taken for one: within a string JSON has no line break.
+NUMBERS = re.compile(r'\[\n\s*([^\[\]{}"]+?)\n\s*\]')
 
 
 # ---------------------------------------------------------------------------------------------- files

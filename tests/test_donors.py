@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
-from tiny import opened, sharing, tiny
+from tiny import noting, opened, sharing, tiny
 from torch import Tensor
 
 from flexi_plugins import numerics
@@ -273,17 +272,9 @@ def test_a_search_leaves_only_numbers_behind():
 
 @pytest.mark.parametrize("distance", ["reconstruction", "difference", "frobenius"])
 def test_a_search_reports_every_step_that_it_announces(distance):
-    shown = []
-
-    @contextmanager
-    def progress(title, total):
-        done = []
-        yield done.append
-        shown.append((title, total, sum(done)))
-
-    weights, pairs = Reading(SHAPE, {}), [(1, 0), (1, 3), (2, 0)]
+    weights, pairs, shown = Reading(SHAPE, {}), [(1, 0), (1, 3), (2, 0)], []
     for _ in range(2):  # what is known is not announced again
-        donor_distances(weights, SHAPE, pairs, RANK, "exact", distance, progress)
+        donor_distances(weights, SHAPE, pairs, RANK, "exact", distance, noting(shown))
     steps = 7 * (15 + 6 if distance == "reconstruction" else 3)
     assert shown == [("distances of donors", steps, steps)]
 

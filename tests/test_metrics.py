@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
-from tiny import attached_for, built, change, close, logits, narrowed, opened, sharing, tiny, tokens
+from tiny import attached_for, built, change, close, logits, narrowed, noting, opened, sharing, tiny, tokens
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -624,26 +623,21 @@ def test_losses_are_transformers_losses():
         assert found == pytest.approx(float(expected), rel=1e-5)
 
 
+@pytest.mark.parametrize("measure", ["losses", "turns"])
 @pytest.mark.parametrize("seen", [False, True])
-def test_losses_announce_the_tokens_that_their_blocks_take(seen):
+def test_what_a_model_is_worth_announces_the_tokens_that_its_blocks_take(measure, seen):
     checkpoint, shown = opened(tiny("llama-tied")), []
-
-    @contextmanager
-    def progress(title, total):
-        done = []
-        yield done.append
-        shown.append((title, total, sum(done)))
-
     identity = PruningPlan.identity(checkpoint.shape)
-    plans = [Planned(identity), Planned(replace(identity, blocks=(*identity.blocks[:2], *identity.blocks[3:])))]
+    without = Planned(replace(identity, blocks=(*identity.blocks[:2], *identity.blocks[3:])))
     taken = calibrator(checkpoint)
     if seen:  # its states are kept: only what follows the removed block is run
-        taken.statistics(plans[0], FORWARD)
-    for _ in range(2):  # known losses take nothing
-        taken.losses(plans, progress)
+        taken.statistics(Planned(identity), FORWARD)
+    for _ in range(2):  # what is known takes nothing
+        getattr(taken, measure)([without], noting(shown))
     blocks = len(identity.blocks)
-    runs = (0 if seen else blocks) + blocks - 3
-    assert shown == [("trying 2 model(s)", runs * WINDOWS.numel(), runs * WINDOWS.numel())]
+    whole = measure == "turns" and not seen  # the original is run beside it
+    runs = blocks - 3 + (0 if seen else blocks if whole else 2)
+    assert shown == [("trying 1 model(s)", runs * WINDOWS.numel(), runs * WINDOWS.numel())]
 
 
 @pytest.mark.parametrize("measure", ["losses", "turns"])

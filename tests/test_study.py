@@ -572,7 +572,11 @@ class Judge:
                 return
             broken = index == self.stops and self.how == "nan"
             time.sleep(0.01)
-            yield Outcome((Measurement("verdict", math.nan if broken else 1.0, True),))
+            try:
+                yield Outcome((Measurement("verdict", math.nan if broken else 1.0, True),))
+            finally:
+                if index == self.stops and self.how == "cleanup":
+                    raise RuntimeError("the judge does not leave")
 
 
 JUDGE = '\n[[evaluation]]\nevaluator = "judge"\n'
@@ -614,13 +618,14 @@ def test_an_evaluator_ends_before_the_next_begins(
         ("raises", "judge: RuntimeError: the judge is tired", [False, True, True]),
         ("ends", "judge: it gave fewer outcomes than candidates", [False, True, True]),
         ("nan", "judge: verdict: not a finite number", [False, True, False]),
+        ("cleanup", "judge: RuntimeError: the judge does not leave", [False, False, True]),
     ],
 )
 def test_an_evaluator_that_breaks_spoils_what_it_did_not_measure(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, reason: str, failed: list[bool]
 ) -> None:
     monkeypatch.setattr(Judge, "how", how)
-    monkeypatch.setattr(Judge, "stops", 1)
+    monkeypatch.setattr(Judge, "stops", 2 if how == "cleanup" else 1)
     plugins = plugins_with(evaluators=[Judge()])
     file = make_study(tmp_path / "s.toml", model, text, ["come"], ["remove-blocks", "remove-units"], end=JUDGE)
     records = run_study(file, tmp_path / "run", plugins)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -43,6 +44,18 @@ KINDS: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "head_dim": 6},
     "qwen3-biases": {"model_type": "qwen3", "head_dim": 6, "attention_bias": True, "tie_word_embeddings": True},
 }
+
+
+def noting(shown: list[tuple[str, int, int]]) -> Any:
+    """Return a ``progress`` that notes each stage in a list: title, the total it announced, and what was done of it."""
+
+    @contextmanager
+    def progress(title: str, total: int) -> Iterator[Any]:
+        done: list[int] = []
+        yield done.append
+        shown.append((title, total, sum(done)))
+
+    return progress
 
 
 def family_of(config: Any) -> Family:

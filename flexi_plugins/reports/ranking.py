@@ -141,16 +141,11 @@ def _rank(methods: list[Row], order: Sequence[str]) -> None:
 
     def key(row: Row) -> tuple[Any, ...]:
         quality = [number(row, n) for n in first] + [-sum(number(row, n) for n in choice)]
+        known = (math.inf if math.isnan(q) else q for q in quality)
         equal = (
             str(row[name]) for name in ("metric", "strategy", "recovery", "options")
-        )  # in one order, wherever they are from
-        return (
-            row["model"],
-            not is_dense(row),
-            row["ratio"],
-            *(math.inf if math.isnan(q) else q for q in quality),
-            *equal,
-        )
+        )  # have one order all the same
+        return row["model"], not is_dense(row), row["ratio"], *known, *equal
 
     methods.sort(key=key)
     counts: dict[Any, int] = {}

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from flexi_plugins.budget import check_reach, least_loss, smallest
@@ -99,22 +99,23 @@ class ShareLora:
 
     def _sharing(self, shape: ModelShape, gone: Sequence[int], request: PruningRequest | None = None) -> PruningPlan:
         blocks = list(PruningPlan.identity(shape).blocks)
-        nearest = self._nearest(gone, request, request.weights) if request and request.weights else {}
+        nearest = self._nearest(gone, request) if request and not request.counting else {}
         for block in gone:
             donors = [j for j, s in enumerate(shape.blocks) if j not in gone and s == shape.blocks[block]]
-            donor = nearest.get(block, donors[0])
+            donor = nearest[block] if nearest else donors[0]
             blocks[block] = BlockRecipe(
                 parts=(Part(block),), shares=donor, rank=self._rank(shape), output_norm=self.output_norm
             )
         return PruningPlan(shape, tuple(blocks))
 
-    def _nearest(self, gone: Sequence[int], request: PruningRequest, weights: Weights) -> dict[int, int]:
+    def _nearest(self, gone: Sequence[int], request: PruningRequest) -> dict[int, int]:
         """Return the nearest of the blocks that stay, of the same widths, for each that goes."""
+        assert request.weights is not None
         shape = request.shape
         stay = [j for j in range(len(shape.blocks)) if j not in gone]
         pairs = [(i, j) for i in gone for j in stay if shape.blocks[i] == shape.blocks[j]]
         how = self._rank(shape), self.svd, self.donor
-        distances = donor_distances(weights, shape, pairs, *how, request.progress)
+        distances = donor_distances(request.weights, shape, pairs, *how, request.progress)
         return {i: min((j for own, j in pairs if own == i), key=lambda j: distances[frozenset((i, j))]) for i in gone}
 
     def finished(self, plan: PruningPlan, budget: Budget) -> bool:
@@ -216,15 +217,12 @@ def donor_distances(
     missing = [pair for pair in pairs if frozenset(pair) not in known]
     for kind in {shape.blocks[i] for i, _ in missing}:
         wanted = [pair for pair in missing if shape.blocks[pair[0]] == kind]
-        plain = distance != "reconstruction"
-        if shape.hidden <= SMALL and not plain:
+        if distance != "reconstruction":
+            known |= _plain_distances(weights, shape, wanted, rank if distance == "difference" else 0, progress)
+            continue
+        if shape.hidden <= SMALL:
             wanted = list(combinations([i for i, block in enumerate(shape.blocks) if block == kind], 2))
-        steps = len(shape.maps(kind)) * (len(wanted) + (0 if plain else len({i for pair in wanted for i in pair})))
-        with progress("distances of donors", steps) as advance:
-            if plain:
-                known |= _plain_distances(weights, shape, wanted, rank if distance == "difference" else 0, advance)
-            else:
-                known |= _distances(weights, shape, wanted, rank, svd, advance)
+        known |= _distances(weights, shape, wanted, rank, svd, progress)
     return known
 
 
@@ -234,19 +232,21 @@ def _distances(
     pairs: Sequence[tuple[int, int]],
     rank: int,
     svd: SvdMethod,
-    advance: Callable[[int], None],
+    progress: Callable[..., Any],
 ) -> dict[frozenset[int], float]:
     distances = dict.fromkeys(map(frozenset, pairs), 0.0)
-    for role in shape.maps(shape.blocks[pairs[0][0]]):
-        found = {}
-        for i in sorted({i for pair in pairs for i in pair}):
-            found[i] = reconstruction(linear_map(weights, i, role), rank, svd)
-            advance(1)
-        for i in sorted({i for i, _ in pairs}):
-            own = found[i].double()
-            for j in (j for first, j in pairs if first == i):
-                distances[frozenset((i, j))] += tail_energy(own, found[j], rank)
+    roles, blocks = shape.maps(shape.blocks[pairs[0][0]]), sorted({i for pair in pairs for i in pair})
+    with progress("distances of donors", len(roles) * (len(blocks) + len(pairs))) as advance:
+        for role in roles:
+            found = {}
+            for i in blocks:
+                found[i] = reconstruction(linear_map(weights, i, role), rank, svd)
                 advance(1)
+            for i in sorted({i for i, _ in pairs}):
+                own = found[i].double()
+                for j in (j for first, j in pairs if first == i):
+                    distances[frozenset((i, j))] += tail_energy(own, found[j], rank)
+                    advance(1)
     return distances
 
 
@@ -255,7 +255,7 @@ def _plain_distances(
     shape: ModelShape,
     pairs: Sequence[tuple[int, int]],
     rank: int,
-    advance: Callable[[int], None],
+    progress: Callable[..., Any],
 ) -> dict[frozenset[int], float]:
     """Return the Frobenius norm of W_i - W_j without its ``rank`` largest singular values, summed over the maps."""
     import torch
@@ -263,8 +263,9 @@ def _plain_distances(
     from flexi_plugins.numerics import difference
 
     distances = dict.fromkeys(map(frozenset, pairs), 0.0)
-    for role in shape.maps(shape.blocks[pairs[0][0]]):
-        for i, j in pairs:
+    roles = shape.maps(shape.blocks[pairs[0][0]])
+    with progress("distances of donors", len(roles) * len(pairs)) as advance:
+        for role, (i, j) in product(roles, pairs):
             left = difference(linear_map(weights, i, role), linear_map(weights, j, role))
             tail = torch.linalg.svdvals(left)[rank:] if rank else left
             distances[frozenset((i, j))] += float(torch.linalg.vector_norm(tail.double()))
