@@ -46,6 +46,7 @@ BUILT_IN = (
     "flexi_plugins.corpora.python_docs",
     "flexi_plugins.corpora.hub",
     "flexi_plugins.reports.table",
+    "flexi_plugins.reports.methods",
     "flexi_plugins.reports.pareto",
     "flexi_plugins.reports.curves",
 )

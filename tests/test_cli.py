@@ -527,7 +527,7 @@ def test_a_study_runs_from_the_command_line(flexi: Flexi, model: Path, text: Pat
     assert "<!-- leaderboard -->" in refused.err
     published = flexi("report", folder, "--publish", tmp_path / "published")
     assert published.out.splitlines() == [
-        str(tmp_path / "published" / n) for n in ("LEADERBOARD.csv", "LEADERBOARD.md", "pareto.svg")
+        str(tmp_path / "published" / n) for n in ("LEADERBOARD.csv", "LEADERBOARD.md", "methods.svg", "pareto.svg")
     ]
     assert len(list((tmp_path / "published" / "records").iterdir())) == 2
 

@@ -101,7 +101,7 @@ def test_a_killed_study_resumes_and_equals_an_uninterrupted_one(study: Path, who
 
 def test_the_study_leaves_what_it_promises(whole: Path) -> None:
     names = {p.name for p in whole.iterdir()}
-    assert names >= {"LEADERBOARD.md", "LEADERBOARD.csv", "pareto.svg", "records", "documents", "plans"}
+    assert names >= {"LEADERBOARD.md", "LEADERBOARD.csv", "methods.svg", "pareto.svg", "records", "documents", "plans"}
     assert "journal" not in names, "the journal goes when every record is written"
 
 

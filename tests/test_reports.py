@@ -1,4 +1,4 @@
-"""Leaderboard and Pareto picture: what they say follows from the records alone."""
+"""Leaderboard and pictures: what they say follows from the records alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ import pytest
 from flexi_plugins import store
 from flexi_plugins.data import BlockShape, Cell, Measurement, ModelShape, PluginVersion, PruningPlan, Record
 from flexi_plugins.plugins import Plugins
-from flexi_plugins.reports import pareto, ranking
+from flexi_plugins.reports import figures, methods, pareto, ranking
+from flexi_plugins.reports.methods import Methods
 from flexi_plugins.reports.pareto import Pareto
 from flexi_plugins.reports.table import Csv, Markdown
 
@@ -253,7 +254,8 @@ def test_little_is_rendered_without_complaint(records):
     rows = store.rows(records)
     assert Markdown().render(rows, "demo").startswith("# demo\n")
     assert Csv().render(rows, "demo").startswith("rank,")
-    ElementTree.fromstring(Pareto().render(rows, "demo"))
+    for picture in (Pareto(), Methods()):
+        ElementTree.fromstring(picture.render(rows, "demo"))
 
 
 def test_without_perplexity_the_choice_decides():
@@ -283,9 +285,10 @@ def test_csv_holds_every_number_in_full():
 # -------------------------------------------------------------------------------------------- picture
 
 
-def test_the_picture_is_deterministic():
+@pytest.mark.parametrize("picture", [Pareto(), Methods()], ids=["pareto", "methods"])
+def test_the_picture_is_deterministic(picture):
     rows, reverse = store.rows(RECORDS), store.rows(RECORDS[::-1])
-    assert Pareto().render(rows, "demo") == Pareto().render(reverse, "demo")
+    assert picture.render(rows, "demo") == picture.render(reverse, "demo")
 
 
 def test_the_picture_has_a_mark_for_each_finished_cell_and_names_for_all():
@@ -304,8 +307,8 @@ def test_no_two_methods_of_the_largest_recipe_look_alike():
     study = tomllib.loads(recipe.read_text(encoding="utf-8"))
     pairs = [*study["pairs"], *({"metric": m, "strategy": s} for m in study["metrics"] for s in study["strategies"])]
     rows = [{k: v["name"] if isinstance(v, dict) else v for k, v in pair.items()} for pair in pairs]
-    for axis, choices in (("metric", pareto.COLOURS), ("strategy", pareto.MARKERS)):
-        look = pareto._assigned(rows, axis, choices)
+    for axis, choices in (("metric", figures.COLOURS), ("strategy", figures.MARKERS)):
+        look = figures.assigned([row[axis] for row in rows], choices)
         assert len(set(look.values())) == len(look)
 
 
@@ -315,7 +318,8 @@ def test_the_picture_leaves_global_settings_alone():
     before = dict(matplotlib.rcParams)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Pareto().render(store.rows(RECORDS), "demo")
+        for picture in (Pareto(), Methods()):
+            picture.render(store.rows(RECORDS), "demo")
     assert dict(matplotlib.rcParams) == before
 
 
@@ -341,6 +345,87 @@ def test_models_that_broke_down_stand_on_the_edge_of_the_scale_and_the_picture_s
     assert sorted(marks) == [min(v, 3000.0) for v in values]
 
 
+def test_several_seeds_are_one_mark_of_the_picture():
+    rows = store.rows([record("come", "remove-units", seed=s, perplexity=40.0 + 20 * s) for s in (0, 1)])
+    (point,) = pareto._points(rows, PERPLEXITY)
+    assert point["y"] == 50.0
+
+
+def test_the_legend_of_many_methods_is_not_cut_off():
+    made = [record(f"metric-{i}", f"strategy-{i % 13}", perplexity=40.0 + i) for i in range(40)]
+    figure = pareto._figure(pareto._points(store.rows(made), PERPLEXITY), PERPLEXITY, "demo")
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert legend.get_window_extent().y0 >= 0
+    assert len(legend.get_texts()) == 40 + 13 + 2, "every metric and strategy, and two headings"
+
+
+def dots(records):
+    """Return the picture of methods: its axes, and the labels of its lines from top to bottom."""
+    rows = store.rows(records)
+    figure = methods._figure(ranking.methods(rows), methods._panels(ranking.measured(rows)), "demo")
+    figure.draw_without_rendering()
+    first = figure.axes[0]
+    assert first.get_ylim()[0] > first.get_ylim()[1], "the first line is on top"
+    return figure, [label.get_text() for label in first.get_yticklabels()]
+
+
+def places(axes):
+    """Return the marks of a panel from left to right: value, line."""
+    return sorted((float(x), int(y)) for marks in axes.collections for x, y in marks.get_offsets())
+
+
+def test_every_method_has_a_line_and_every_ratio_a_mark():
+    figure, labels = dots([*RECORDS, record("come", "remove-blocks", ratio=0.3, perplexity=120.0)])
+    assert labels == ["dense", "flexigpt × remove-units", "saap × remove-blocks", "come × remove-blocks"]
+    perplexity, choice = figure.axes
+    assert places(perplexity) == [(31.8, 0), (44.25, 2), (60.0, 3), (90.0, 1), (120.0, 3)]
+    assert [x for x, _ in places(choice)] == [0.6] * 5
+    texts = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert texts == {"dense", "ratio 0.2", "ratio 0.3"}
+
+
+def test_methods_stand_by_their_mean_rank():
+    perplexities = {"a": (40.0, 80.0, 900.0), "b": (41.0, 60.0, 100.0), "c": (50.0, 70.0, 200.0)}
+    ratios = (0.1, 0.2, 0.3)
+    made = [
+        record(m, "cut", r, perplexity=p) for m, ps in perplexities.items() for r, p in zip(ratios, ps, strict=True)
+    ]
+    _, labels = dots(made)
+    assert labels == ["b × cut", "a × cut", "c × cut"], "mean ranks 4/3, 7/3 and 7/3"
+
+
+def test_a_line_says_what_tells_it_from_others_and_no_more():
+    options = [{"strategy": {"bias": bias}} for bias in (True, False)]
+    made = [record("flap", "flap", options=o, perplexity=40.0 + i) for i, o in enumerate(options)]
+    _, labels = dots([*made, record("none", "laco", perplexity=50.0), record("come", "laco", perplexity=60.0)])
+    assert labels == ["flap, bias=true", "flap, bias=false", "laco", "come × laco"]
+
+
+def test_before_and_after_recovery_stand_on_one_line():
+    before = [record("come", "remove-units", perplexity=50.0), dense()]
+    figure, labels = dots([*before, trained("come", "remove-units", 25.0)])
+    assert labels == ["dense", "come × remove-units"]
+    assert places(figure.axes[0]) == [(25.0, 1), (31.8, 0), (50.0, 1)]
+    hollow = {float(m.get_offsets()[0][0]): not len(m.get_facecolor()) for m in figure.axes[0].collections}
+    assert hollow == {25.0: False, 31.8: True, 50.0: True}
+    assert {"as pruned", "lora"} <= {text.get_text() for text in figure.legends[0].get_texts()}
+
+
+def test_broken_models_stand_on_the_edge_of_the_picture_of_methods():
+    figure, _ = dots([dense(), record("a", "cut", perplexity=1e9), record("b", "cut", perplexity=math.inf)])
+    assert [x for x, _ in places(figure.axes[0])] == [31.8, 3180.0, 3180.0]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["above 3,180: 2"]
+
+
+def test_a_study_without_perplexity_is_drawn_by_its_tasks_alone():
+    tasks = (Measurement("t1_choice_logprob", -0.5, True), Measurement("t2_choice_logprob", -1.5, True))
+    figure, _ = dots([replace(record("come", "cut"), measurements=tasks)])
+    (axes,) = figure.axes
+    assert places(axes) == [(1.0, 0)]
+    assert axes.get_xlabel().startswith("−choice_logprob of 2 tasks")
+
+
 def ranked_row(value):
     return store.rows([record("come", "remove-blocks", perplexity=value)]).iloc[0].to_dict()
 
@@ -354,9 +439,14 @@ def test_the_frontier_is_what_nothing_else_beats():
 
 
 def test_the_formats_are_plugins():
-    loaded = Plugins.load(("flexi_plugins.reports.table", "flexi_plugins.reports.pareto"))
+    loaded = Plugins.load(tuple(f"flexi_plugins.reports.{name}" for name in ("table", "methods", "pareto")))
     files = {name: entry.object.filename for name, entry in loaded.entries("report").items()}
-    assert files == {"csv": "LEADERBOARD.csv", "markdown": "LEADERBOARD.md", "pareto": "pareto.svg"}
+    assert files == {
+        "csv": "LEADERBOARD.csv",
+        "markdown": "LEADERBOARD.md",
+        "methods": "methods.svg",
+        "pareto": "pareto.svg",
+    }
 
 
 def test_names_are_sorted_into_kinds():

@@ -166,6 +166,7 @@ def test_a_study_leaves_reports_and_nothing_temporary(grid: Grid) -> None:
     assert names == {
         "LEADERBOARD.md",
         "LEADERBOARD.csv",
+        "methods.svg",
         "pareto.svg",
         "records",
         "documents",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from flexi_plugins import hookimpl
 from flexi_plugins.hookspecs import ReportFormat
-from flexi_plugins.reports.pareto import COLOURS
+from flexi_plugins.reports import figures
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,30 +40,24 @@ class Curves:
 
     def render(self, rows: pd.DataFrame, title: str) -> str:
         """Render the curves in ``rows.attrs`` (label -> method and points) as SVG text; empty without any."""
-        import matplotlib
-
         curves = rows.attrs.get("curves", {})
         there = {name for curve in curves.values() for point in curve["points"] for name in point}
         kinds = [(kind, label) for kind, label in KINDS if kind in there]
         if not kinds:
             return ""
-        with matplotlib.rc_context({"svg.hashsalt": "flexi_plugins"}):
-            text = io.StringIO()
-            _figure(curves, kinds, title).savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-        return text.getvalue()
+        with figures.settings():
+            return figures.svg(_figure(curves, kinds, title))
 
 
 def _figure(curves: Mapping[str, Mapping[str, Any]], kinds: Sequence[tuple[str, str]], title: str) -> Any:
     from matplotlib.figure import Figure
 
-    methods = sorted({curve["method"] for curve in curves.values()})
-    colours = {method: COLOURS[i % len(COLOURS)] for i, method in enumerate(methods)}
+    colours = figures.assigned([curve["method"] for curve in curves.values()], figures.COLOURS)
     figure = Figure(figsize=(8.5, 7.0), layout="constrained")
     figure.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold")
     for axes, (kind, label) in zip(figure.subplots(len(kinds), sharex=True, squeeze=False)[:, 0], kinds, strict=True):
         axes.set_ylabel(label)
-        axes.grid(color="#e6e6e6", linewidth=0.7)
-        axes.spines[["top", "right"]].set_visible(False)
+        figures.plain(axes)
         for curve in curves.values():
             points = [(p["tokens"], p[kind]) for p in curve["points"] if kind in p]
             if points:

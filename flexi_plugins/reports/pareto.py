@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,21 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from flexi_plugins import hookimpl
 from flexi_plugins.hookspecs import ReportFormat
-from flexi_plugins.reports import ranking
+from flexi_plugins.reports import figures, ranking
+from flexi_plugins.reports.figures import GREY, handle
 from flexi_plugins.reports.ranking import Row, number
 
 if TYPE_CHECKING:
     import pandas as pd
-
-# Okabe and Ito's colours, told apart by everybody; then, where there are more methods, the muted ones of Paul Tol
-COLOURS = (
-    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#444444"),
-    *("#332288", "#DDCC77", "#882255", "#88CCEE", "#117733", "#AA4499", "#999933", "#44AA99"),
-)
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "8", "d")
-GREY = "#777777"
-SCALE = 100.0  # times the best perplexity: models that broke down, beyond it, do not squeeze the others together
-STEPS = ((0.4, (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)), (1.5, (1, 2, 3, 5)), (3.0, (1, 3)), (math.inf, (1,)))
 
 
 @hookimpl
@@ -42,20 +32,15 @@ class Pareto:
 
     def render(self, rows: pd.DataFrame, title: str) -> str:
         """Render the finished rows as SVG text."""
-        import matplotlib
-
         order = ranking.quality_order(ranking.measured(rows))
-        with matplotlib.rc_context({"svg.hashsalt": "flexi_plugins"}):
-            figure = _figure(_points(rows, order[0]) if order else [], order[0] if order else "", title)
-            text = io.StringIO()
-            figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-        return text.getvalue()
+        with figures.settings():
+            return figures.svg(_figure(_points(rows, order[0]) if order else [], order[0] if order else "", title))
 
 
 def _points(rows: pd.DataFrame, quality: str) -> list[Row]:
-    """Return the rows that have both coordinates, as ``x`` (millions) and ``y``."""
+    """Return the methods that have both coordinates, as ``x`` (millions) and ``y``; several seeds are one method."""
     points = []
-    for row in rows[rows["status"] == "complete"].to_dict("records"):
+    for row in ranking.methods(rows):
         x, y = number(row, "stored_parameters") / 1e6, number(row, quality)
         if math.isfinite(x) and math.isfinite(y):
             points.append({**row, "x": x, "y": y})
@@ -81,30 +66,17 @@ def _figure(points: Sequence[Row], quality: str, title: str) -> Any:
 
 def _on_scale(points: Sequence[Row], quality: str) -> list[Row]:
     """Return the points, with perplexities ``beyond`` the scale put on its edge."""
-    edge = SCALE * min(p["y"] for p in points) if _low(quality) else math.inf
+    edge = figures.SCALE * min(p["y"] for p in points) if _low(quality) else math.inf
     return [{**p, "y": min(p["y"], edge), "beyond": p["y"] > edge} for p in points]
 
 
 def _draw_axes(axes: Any, points: Sequence[Row], quality: str) -> None:
     axes.set_ylabel(f"{quality}, {'lower' if _low(quality) else 'higher'} is better")
     axes.margins(0.08)
-    axes.grid(color="#e6e6e6", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    figures.plain(axes)
     if _low(quality):
-        _draw_logarithmic(axes, [p["y"] for p in points])
+        figures.logarithmic(axes, "y", [p["y"] for p in points])
         _draw_edge(axes, [p["y"] for p in points if p["beyond"]])
-
-
-def _draw_logarithmic(axes: Any, values: Sequence[float]) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    decades = math.log10(max(values) / min(values))
-    steps = next(steps for most, steps in STEPS if decades <= most)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=steps))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
 
 
 def _draw_edge(axes: Any, beyond: Sequence[float]) -> None:
@@ -125,39 +97,30 @@ def _draw_frontier(axes: Any, points: Sequence[Row], quality: str) -> None:
 
 
 def _draw_points(axes: Any, points: Sequence[Row]) -> None:
-    recovered = any(map(_recovered, points))
+    recovered = any(map(figures.was_recovered, points))
     pruned = [p for p in points if not ranking.is_dense(p)]
     dense = [p for p in points if ranking.is_dense(p)]
-    colours = _assigned(pruned, "metric", COLOURS)
-    markers = _assigned(pruned, "strategy", MARKERS)
+    colours = figures.assigned([p["metric"] for p in pruned], figures.COLOURS)
+    markers = figures.assigned([p["strategy"] for p in pruned], figures.MARKERS)
     for point in dense:
         axes.scatter(
-            point["x"], point["y"], marker="*", s=190, zorder=3, **_fill("black", recovered and not _recovered(point))
+            point["x"],
+            point["y"],
+            marker="*",
+            s=190,
+            zorder=3,
+            **figures.fill("black", recovered and not figures.was_recovered(point)),
         )
     for index, (metric, colour) in enumerate(colours.items()):
         size = 110 - 55 * index / max(len(colours) - 1, 1)  # nested: equal plans of several metrics all stay visible
         for row in (p for p in pruned if p["metric"] == metric):
             marker = markers[row["strategy"]]
-            fill = _fill(colour, recovered and not _recovered(row))
-            axes.scatter(row["x"], row["y"], s=size, marker=marker, zorder=4 + index, **fill)
+            look = figures.fill(colour, recovered and not figures.was_recovered(row))
+            axes.scatter(row["x"], row["y"], s=size, marker=marker, zorder=4 + index, **look)
     _draw_legend(axes, colours, markers, bool(dense), recovered)
 
 
-def _recovered(row: Row) -> bool:
-    return str(row.get("recovery") or "none") != "none"
-
-
-def _fill(colour: str, hollow: bool) -> dict[str, str]:
-    """Return the colours of a mark; where some models were recovered, those that were not are hollow."""
-    return {"facecolor": "none", "edgecolor": colour} if hollow else {"facecolor": colour, "edgecolor": "white"}
-
-
 def _draw_legend(axes: Any, colours: dict[str, str], markers: dict[str, str], dense: bool, recovered: bool) -> None:
-    from matplotlib.lines import Line2D
-
-    def handle(label: str, marker: str, colour: str, size: int = 8) -> Any:
-        return Line2D([], [], linestyle="", marker=marker, color=colour, markersize=size, label=label)
-
     metrics = [handle("metric", "", GREY), *(handle(n, "o", c) for n, c in colours.items())] if colours else []
     strategies = [handle("strategy", "", GREY), *(handle(n, m, GREY) for n, m in markers.items())] if markers else []
     lines = [line for line in axes.get_lines() if line.get_label() == "frontier"]
@@ -165,6 +128,8 @@ def _draw_legend(axes: Any, colours: dict[str, str], markers: dict[str, str], de
     for hollow in fills[1:]:
         hollow.set_markerfacecolor("none")
     handles = [*([handle("dense", "*", "black", 12)] if dense else []), *lines, *fills, *metrics, *strategies]
+    width, height = axes.figure.get_size_inches()
+    axes.figure.set_size_inches(width, max(height, figures.LINE * (len(handles) + 2)))
     legend = axes.figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
     for text in legend.get_texts():
         text.set_fontweight("bold" if text.get_text() in ("metric", "strategy") else "normal")
@@ -177,11 +142,6 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
         if not found or point[1] < found[-1][1]:
             found.append(point)
     return found
-
-
-def _assigned(rows: Sequence[Row], name: str, choices: Sequence[str]) -> dict[str, str]:
-    values = sorted({row[name] for row in rows})
-    return {value: choices[i % len(choices)] for i, value in enumerate(values)}
 
 
 def _low(quality: str) -> bool:

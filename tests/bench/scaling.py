@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import statistics
 import time
@@ -24,7 +23,7 @@ from flexi_plugins.execution.schedule import count_blocks
 from flexi_plugins.execution.sweep import Planned, Sweeper
 from flexi_plugins.models import open_model
 from flexi_plugins.plugins import Plugins
-from flexi_plugins.reports.pareto import COLOURS, MARKERS
+from flexi_plugins.reports.figures import COLOURS, MARKERS, settings, svg
 
 MODEL, WINDOW = "smollm2-135m", 512
 TOKENS, COUNTS, ROUNDS = 2048, (1, 2, 4, 8, 16, 32), 2
@@ -225,10 +224,9 @@ def sentence(found: dict[str, float]) -> str:
 
 def figure(figures: dict[str, Any]) -> str:
     """Return the plot as SVG: measured marks on the lines of what distinct blocks cost."""
-    import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"svg.hashsalt": "flexi_plugins"}):
+    with settings():
         canvas = Figure(figsize=(10.0, 4.2), layout="constrained")
         left, right = canvas.subplots(1, 2)
         _draw(left, figures["points"], ("nested", "unrelated"), "plans", "number of plans")
@@ -239,9 +237,7 @@ def figure(figures: dict[str, Any]) -> str:
             axis.set_major_formatter(lambda value, _: f"{value:g}")
         right.set_ylim(0)
         right.set_xlim(0)
-        text = io.StringIO()
-        canvas.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    return text.getvalue()
+        return svg(canvas)
 
 
 def _draw(axes: Any, found: Sequence[dict[str, Any]], kinds: Sequence[str], x: str, label: str) -> None:
