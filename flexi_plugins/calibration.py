@@ -24,6 +24,7 @@ from flexi_plugins.execution.readout import Batch
 from flexi_plugins.execution.sweep import Planned, Sweeper
 from flexi_plugins.hookspecs import BlockTrace, GradientTrace, Statistic, no_progress
 from flexi_plugins.numerics import row_distance
+from flexi_plugins.trials import Trials
 
 Sums = dict[str, Tensor]
 
@@ -32,6 +33,7 @@ class Calibrator:
     """Takes statistics of plans' models on fixed calibration tokens, and remembers what equal models gave.
 
     windows: (windows, tokens) for activation statistics and losses; samples: (samples, tokens) for gradients.
+    trials: where losses and turns are remembered.
     """
 
     def __init__(
@@ -42,8 +44,10 @@ class Calibrator:
         known: Mapping[str, Statistic],
         rows: int | None = None,
         say: Callable[[str], None] = lambda text: None,
+        trials: Trials | None = None,
     ) -> None:
         self.blocks = blocks
+        self.trials = trials or Trials()
         self.sweeper = Sweeper(blocks, say)
         self.samples = samples
         self.known = known
@@ -57,8 +61,6 @@ class Calibrator:
         self._forward: dict[
             tuple[str, int], Mapping[str, Tensor]
         ] = {}  # (statistic, prefix) -> quantities of one block
-        self._losses: dict[str, float] = {}  # plan hash -> loss
-        self._turns: dict[str, float] = {}  # plan hash -> turn
         self._backward: dict[tuple[str, str], list[Mapping[str, Tensor]]] = {}  # (statistic, plan hash) -> per block
 
     def statistics(
@@ -97,7 +99,7 @@ class Calibrator:
         asked for before: the search for a higher ratio begins with that for a lower one. progress(title, total): a
         context manager that yields ``advance(n)``.
         """
-        return self._once(self._losses, planned, self._measured_losses, progress)
+        return self._tried("loss", planned, self._measured_losses, progress)
 
     def turns(self, planned: Sequence[Planned], progress: Callable[..., Any] = no_progress) -> list[float]:
         """Return 1 - cosine between what leaves the last block of plans and of the original, mean over tokens.
@@ -105,27 +107,24 @@ class Calibrator:
         As with losses, what is known is not run again.
         """
         original = Planned(PruningPlan.identity(planned[0].plan.shape))
-        return self._once(self._turns, planned, partial(self._measured_turns, original), progress, beside=[original])
+        return self._tried("turn", planned, partial(self._measured_turns, original), progress, beside=[original])
 
-    def _once(
+    def _tried(
         self,
-        known: dict[str, float],
+        measure: str,
         planned: Sequence[Planned],
         measured: Callable[[Sequence[Planned], Callable[[int], None]], list[float]],
         progress: Callable[..., Any],
         beside: Sequence[Planned] = (),
     ) -> list[float]:
-        """Return a number of each plan: what is known of its hash, or what is measured now, and known from then on.
+        """Return a number of each plan, of those that were not tried before by one sweep. beside: plans run with them."""
 
-        beside: plans that are run with them.
-        """
-        missing = list({p.plan.hash: p for p in planned if p.plan.hash not in known}.values())
-        if missing:
+        def sweep(missing: list[Planned]) -> list[float]:
             tokens = self.sweeper.work([*beside, *missing], self.batches, lambda *_: True)
             with progress(f"trying {len(missing)} model(s)", tokens) as advance:
-                found = measured(missing, advance)
-            known |= dict(zip([p.plan.hash for p in missing], found, strict=True))
-        return [known[p.plan.hash] for p in planned]
+                return measured(missing, advance)
+
+        return self.trials.of(measure, planned, sweep)
 
     def _measured_losses(self, planned: Sequence[Planned], advance: Callable[[int], None]) -> list[float]:
         batches = [

@@ -22,6 +22,7 @@ from flexi_plugins.corpora.windows import token_windows
 from flexi_plugins.data import BlockRecipe, ModelShape, PruningPlan, Scores, Statistics, digest
 from flexi_plugins.errors import FlexiError, unknown
 from flexi_plugins.execution.blocks import Blocks
+from flexi_plugins.execution.likelihoods import AnswerJournal
 from flexi_plugins.execution.packing import BATCH_TOKENS
 from flexi_plugins.execution.readout import Batch
 from flexi_plugins.execution.sweep import Planned, Sweeper
@@ -45,6 +46,7 @@ from flexi_plugins.recovery.copies import seed_of
 from flexi_plugins.recovery.monitor import Trained
 from flexi_plugins.recovery.options import TrainingOptions, unfit
 from flexi_plugins.rewrite import PlanWeights, build_model, needed_tensors, with_digests, write_checkpoint
+from flexi_plugins.trials import Trials
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Pruner:
 
     dtype, device: what it computes in and on (see ``Machine``). memory: bytes that the process may take; a model that
     does not fit is streamed from its files, block by block. The whole model is in memory only in what ``model`` returns.
+    journal: keeps what the models are worth that a search tries, for another process that goes on with it.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class Pruner:
         memory: int | None = None,
         plugins: Plugins | None = None,
         progress: Progress | None = None,
+        journal: AnswerJournal | None = None,
     ) -> None:
         self.plugins = plugins or Plugins.load()
         self.machine = Machine(device, memory)
@@ -103,6 +107,7 @@ class Pruner:
         self.data = Path(data) if data else None
         self.dtype = self.machine.dtype(dtype)
         self.progress = progress or Progress(quiet=True)
+        self.trials = Trials(journal, lambda: [self.checkpoint.fingerprint(), self.texts[2], str(self.dtype)])
         self._texts: dict[Training, tuple[TrainingText, TrainingText, str]] = {}
 
     @property
@@ -138,7 +143,7 @@ class Pruner:
         """Statistics of this model's plans."""
         windows, samples, _ = self.texts
         known = {n: e.object for n, e in self.plugins.entries("statistic").items()}
-        return Calibrator(self.blocks, windows, samples, known, say=self.progress.say)
+        return Calibrator(self.blocks, windows, samples, known, say=self.progress.say, trials=self.trials)
 
     def calibrate(self, needs: Iterable[str]) -> Statistics:
         """Take these statistics of the dense model together: one forward and one backward pass for all."""
@@ -520,7 +525,7 @@ class Pruner:
         measures: dict[str, Callable[[list[Planned]], list[float]]] = {
             "loss": lambda found: self.calibrator.losses(found, self.progress.stage),
             "turn": lambda found: self.calibrator.turns(found, self.progress.stage),
-            "chrf": lambda found: chrf(found, self.model, self.texts[0], self.tokenizer, self.progress),
+            "chrf": lambda found: self.trials.of("chrf", found, self._chrf),
         }
         if measure not in measures:
             raise FlexiError(unknown("quality measure", measure, measures))
@@ -534,6 +539,9 @@ class Pruner:
             candidates.append(planned if complete else self.attach(plan))
         found = measures[measure](candidates) if candidates else []
         return [math.inf if math.isnan(value) else value for value in found]
+
+    def _chrf(self, candidates: list[Planned]) -> list[float]:
+        return chrf(candidates, self.model, self.texts[0], self.tokenizer, self.progress)
 
     def _scores(self, metric: ImportanceMetric, request: PruningRequest) -> Scores:
         return metric.score(request).check(f"metric {metric.name!r}", request.shape)

@@ -271,7 +271,8 @@ def _differing(plan: PruningPlan, tensors: Mapping[str, Tensor]) -> list[str]:
 class Journal:
     """Answers of sweeps that are not finished, one file a plan and batch group, so that a killed sweep goes on.
 
-    A group hash covers all else that its answers depend on: tokens, model fingerprint and compute dtype.
+    A group hash covers all else that its answers depend on: tokens, model fingerprint and compute dtype. A search keeps
+    what its models are worth in the same way (see ``Trials``).
     """
 
     def __init__(self, folder: Path | str) -> None:

@@ -100,6 +100,7 @@ class Study:
                 memory=self.machine.memory,
                 plugins=self.plugins,
                 progress=self.progress,
+                journal=self.journal,
             )
 
         return {seed: pruner(seed) for seed in self.file.seeds}

@@ -19,7 +19,7 @@ LAYERS: list[tuple[str, set[str]]] = [
         {"data", "hookspecs", "errors", "numerics", "digests", "progress", "files", "_auto", ""},
     ),
     ("weights and models", {"budget", "checkpoint", "machine", "modeling", "rewrite"}),
-    ("engine", {"execution", "calibration"}),
+    ("engine", {"execution", "calibration", "trials"}),
     ("built-in plugins", {"families", "metrics", "strategies", "recovery", "corpora", "evaluators", "reports"}),
     ("catalogue, results, models by name", {"plugins", "store", "models"}),
     ("harness", {"generation", "recovered", "pruner", "studyfile", "grid", "evaluation", "report", "study"}),

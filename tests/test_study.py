@@ -341,6 +341,38 @@ def test_a_study_killed_while_planning_keeps_the_finished_plans(
     assert not temporary(folder)
 
 
+def test_a_study_killed_in_a_search_tries_no_model_again(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progressive = ['{ name = "remove-blocks", progressive = true }']
+    file = make_study(tmp_path / "s.toml", model, text, ["greedy"], progressive, ratios="[0.4]")
+    whole = run_study(file, tmp_path / "whole")
+    tried: list[str] = []
+    original = Calibrator._measured_losses
+
+    def measured(self: Calibrator, planned: Any, advance: Any) -> list[float]:
+        if len(tried) >= 6:
+            raise KeyboardInterrupt
+        tried.extend(p.plan.hash for p in planned)
+        return original(self, planned, advance)
+
+    monkeypatch.setattr(Calibrator, "_measured_losses", measured)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(file, tmp_path / "run")
+    first = list(tried)
+    assert len(first) == 6, "one step of the search: each of the six blocks away"
+    tried.clear()
+    monkeypatch.setattr(
+        Calibrator, "_measured_losses", lambda self, p, a: tried.extend(q.plan.hash for q in p) or original(self, p, a)
+    )
+    records = run_study(file, tmp_path / "run")
+    assert tried
+    assert not set(tried) & set(first)
+    assert [r.plan for r in records] == [r.plan for r in whole]
+    assert values(records) == values(whole)
+    assert not (tmp_path / "run" / "journal").exists()
+
+
 def test_an_interrupt_says_so_and_leaves_whole_files(long_study: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     status, said = stop(long_study, folder, lambda: count(folder / "journal") >= 3, signal.SIGINT)
