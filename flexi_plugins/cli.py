@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -14,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flexi_plugins.errors import FlexiError
-from flexi_plugins.files import write_text
 from flexi_plugins.show import (
     plan_summary,
     print_json,
@@ -27,7 +24,6 @@ from flexi_plugins.show import (
 
 if TYPE_CHECKING:
     from flexi_plugins.data import PruningPlan
-    from flexi_plugins.execution.sweep import Planned
     from flexi_plugins.machine import Machine
     from flexi_plugins.plugins import Plugins
     from flexi_plugins.progress import Progress
@@ -35,7 +31,6 @@ if TYPE_CHECKING:
     from flexi_plugins.studyfile import Measure
 
 INTERRUPTED = 130
-BESIDE = ".tensors"  # the tensors of NAME.json are in NAME.tensors, as those of a folder's plan.json are
 
 app = typer.Typer(
     name="flexi",
@@ -57,6 +52,7 @@ Ratio = Annotated[
 MetricOptions = Annotated[list[str] | None, typer.Option("--metric-option", help="KEY=VALUE, repeatable.")]
 StrategyOptions = Annotated[list[str] | None, typer.Option("--strategy-option", help="KEY=VALUE, repeatable.")]
 Corpus = Annotated[str, typer.Option("--corpus", help="Calibration text: a corpus name or file:PATH.")]
+TrainingCorpus = Annotated[str, typer.Option("--training-corpus", help="Text to train on: a corpus name or file:PATH.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the calibration sample.")]
 Data = Annotated[Path | None, typer.Option("--data", envvar="FLEXI_DATA", help="Folder with local tasks/ and text/.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="Compute dtype: auto, float32, bfloat16, float16.")]
@@ -134,18 +130,17 @@ def plan(
     if count_only:
         if output:
             raise FlexiError("plan: --count-only chooses units without meaning, so its plan is not written; drop -o")
-        made, attached = _counted(model, strategy, ratio, strategy_option), {}
+        made = _counted(model, strategy, ratio, strategy_option)
     else:
         method = _method(metric, strategy, ratio, metric_option, strategy_option)
-        pruner = _pruner(model, corpus, seed, data, dtype, device, memory)
-        planned = pruner.steps(*method, pruner.progress.say)
-        made, attached = planned.plan, dict(planned.attached)
-    if output:
-        write_text(output, json.dumps(made.to_json(), indent=1) + "\n")
-        if attached:
-            from flexi_plugins.files import write_tensor_file
+        from flexi_plugins.planfiles import searching, write_plan
 
-            write_tensor_file(output.with_suffix(BESIDE), attached)
+        with searching(output) as search:
+            pruner = _pruner(model, corpus, seed, data, dtype, device, memory, search)
+            planned = pruner.steps(*method, pruner.progress.say)
+            if output:
+                write_plan(output, planned)
+        made = planned.plan
     if as_json:
         print_json(plan_summary(made))
     else:
@@ -182,8 +177,7 @@ def prune(
     """
     _check_new(output)
     asked = _asked(plan_file, metric, strategy, ratio, metric_option, strategy_option)
-    pruner = _pruner(model, corpus, seed, data, dtype, device, memory)
-    _write_model(pruner, _planned(pruner, asked), output, as_json)
+    _write_model(asked, output, as_json, (model, corpus, seed, data, dtype, device, memory))
 
 
 @app.command()
@@ -228,8 +222,7 @@ def extend(
     options = {name: value for name, value in given.items() if value is not None}
     plugins = Plugins.load()
     asked = plugins.get("metric", "none"), plugins.get("strategy", "extend", options), 0.0
-    pruner = _pruner(model, corpus, seed, data, dtype, device, memory)
-    _write_model(pruner, _planned(pruner, asked), output, as_json)
+    _write_model(asked, output, as_json, (model, corpus, seed, data, dtype, device, memory))
 
 
 @app.command()
@@ -248,9 +241,7 @@ def recover(
     recovery_option: Annotated[
         list[str] | None, typer.Option("--recovery-option", help="KEY=VALUE, repeatable.")
     ] = None,
-    training_corpus: Annotated[
-        str, typer.Option("--training-corpus", help="Text to train on: a corpus name or file:PATH.")
-    ] = "python-docs",
+    training_corpus: TrainingCorpus = "python-docs",
     length: Annotated[int, typer.Option("--length", help="Tokens of a training window.")] = 256,
     tokens: Annotated[int, typer.Option("--tokens", help="Tokens to train on.")] = 24_576,
     held_out: Annotated[int, typer.Option("--held-out", help="Windows to measure the loss on meanwhile.")] = 16,
@@ -272,6 +263,7 @@ def recover(
     """
     from flexi_plugins.corpora.files import find_corpus
     from flexi_plugins.machine import first_process, take_own_gpu
+    from flexi_plugins.planfiles import kept_plan, write_trained
     from flexi_plugins.plugins import Plugins
     from flexi_plugins.pruner import Training
 
@@ -284,14 +276,14 @@ def recover(
     find_corpus(training_corpus, {n: e.object for n, e in plugins.entries("corpus").items()})
     setting = Training(training_corpus, length, tokens, held_out)
     take_own_gpu()
-    pruner = _pruner(model, corpus, seed, data, dtype, device, memory)
-    pruner.check_recovery(chosen)
     checkpoints = output.with_name(f"{output.name}.training")
-    made, by = _kept_plan(pruner, asked, checkpoints)
+    pruner = _pruner(model, corpus, seed, data, dtype, device, memory, checkpoints)
+    pruner.check_recovery(chosen)
+    made, by = kept_plan(pruner, asked, checkpoints)
     of_method = checkpoints / "training" / method
     trained = pruner.recover(made, chosen, setting, of_method, by)
     if first_process():
-        _write_trained(pruner, trained, checkpoints, of_method, output)
+        write_trained(pruner, trained, checkpoints, of_method, output)
         show_written(trained.plan, pruner.checkpoint, output, as_json)
 
 
@@ -326,6 +318,7 @@ def evaluate(
     from flexi_plugins.evaluation import Measurer
     from flexi_plugins.execution.sweep import Planned
     from flexi_plugins.hookspecs import Candidate
+    from flexi_plugins.planfiles import read_plan
 
     measures = []
     if perplexity:
@@ -337,7 +330,7 @@ def evaluate(
     chosen = _measures(measures)
     pruner = _pruner(model, "python-docs", 0, data, dtype, device, memory)
     shape = pruner.checkpoint.shape
-    planned = _read_plan(plan_file, pruner) if plan_file else Planned(PruningPlan.identity(shape))
+    planned = read_plan(plan_file, pruner) if plan_file else Planned(PruningPlan.identity(shape))
     candidate = Candidate(model, planned.plan)
     with (
         tempfile.TemporaryDirectory(prefix="flexi-eval-") as folder,
@@ -511,10 +504,19 @@ def _machine(device: str, memory: str | None) -> Machine:
 
 
 def _pruner(
-    model: str, corpus: str, seed: int, data: Path | None, dtype: str, device: str, memory: str | None
+    model: str,
+    corpus: str,
+    seed: int,
+    data: Path | None,
+    dtype: str,
+    device: str,
+    memory: str | None,
+    search: Path | None = None,
 ) -> Pruner:
+    """Return a pruner by its options. search: a folder that keeps what searches try."""
     from flexi_plugins.corpora.files import find_corpus
     from flexi_plugins.pruner import Calibration, Pruner
+    from flexi_plugins.store import Journal
 
     machine = _machine(device, memory)
     machine.dtype(dtype)  # refused before anything is loaded
@@ -531,6 +533,7 @@ def _pruner(
         memory=machine.memory,
         plugins=plugins,
         progress=_progress(),
+        journal=Journal(search) if search else None,
     )
 
 
@@ -604,71 +607,20 @@ def _asked(
     return plan_file
 
 
-def _planned(pruner: Pruner, asked: Path | tuple[Any, Any, float]) -> Planned:
-    if isinstance(asked, Path):
-        return _read_plan(asked, pruner)
-    return pruner.make(*asked, pruner.progress.say)
+def _write_model(
+    asked: Path | tuple[Any, Any, float],
+    output: Path,
+    as_json: bool,
+    setting: tuple[str, str, int, Path | None, str, str, str | None],
+) -> None:
+    """Write a plan's model, and say what it is; what a search tried is kept until then. setting: see ``_pruner``."""
+    from flexi_plugins.planfiles import make_plan, searching
 
-
-def _kept_plan(
-    pruner: Pruner, asked: Path | tuple[Any, Any, float] | None, folder: Path
-) -> tuple[Planned, tuple[Any, Any] | None]:
-    """Return the plan of what is to be trained (None: the model itself), and by which metric and strategy it is made.
-
-    A plan that is made is kept in the folder of the training, so that a run that was stopped does not make it again.
-    """
-    from flexi_plugins.data import PruningPlan, digest
-    from flexi_plugins.execution.sweep import Planned
-    from flexi_plugins.pruner import origin
-    from flexi_plugins.store import Store
-
-    if asked is None:
-        return Planned(PruningPlan.identity(pruner.checkpoint.shape)), None
-    if isinstance(asked, Path):
-        return _read_plan(asked, pruner), None
-    key = digest([pruner.checkpoint.fingerprint(), origin(*asked), pruner.texts[2], str(pruner.dtype), pruner.seed])
-
-    def make() -> tuple[PruningPlan, Any]:
-        made = _planned(pruner, asked)
-        return made.plan, made.attached
-
-    return Planned(*Store(folder / "plan").plan(key, make)), asked[:2]
-
-
-def _write_model(pruner: Pruner, planned: Planned, output: Path, as_json: bool) -> None:
-    """Write a plan's model, and say what it is."""
-    pruner.write(planned, output)
+    with searching(output) as search:
+        pruner = _pruner(*setting, search)
+        planned = make_plan(pruner, asked)
+        pruner.write(planned, output)
     show_written(planned.plan, pruner.checkpoint, output, as_json)
-
-
-def _write_trained(pruner: Pruner, trained: Planned, checkpoints: Path, of_method: Path, output: Path) -> None:
-    """Write a trained model beside its checkpoints, with what its method (not one before) left, then move it in place."""
-    unfinished = checkpoints / "model"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    pruner.write(trained, unfinished)
-    for file in of_method.glob("*"):
-        if file.is_file():
-            shutil.move(file, unfinished / file.name)
-    unfinished.rename(output)
-    shutil.rmtree(checkpoints, ignore_errors=True)
-
-
-def _read_plan(path: Path, pruner: Pruner) -> Planned:
-    """Read a plan file, and its tensors from the file beside it; without that file its strategy makes them."""
-    from flexi_plugins.data import PruningPlan
-    from flexi_plugins.execution.sweep import Planned
-    from flexi_plugins.rewrite import read_attached
-
-    try:
-        made = PruningPlan.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise FlexiError(f"plan file {str(path)!r}: {error}") from None
-    if made.shape != pruner.checkpoint.shape:
-        raise FlexiError(f"plan file {str(path)!r} was made for a model of another shape than {pruner.checkpoint.name}")
-    beside = path.with_suffix(BESIDE)
-    if made.tensors and beside.is_file():
-        return Planned(made, read_attached(made, beside))
-    return pruner.attach(made)
 
 
 def main() -> None:

@@ -22,7 +22,10 @@ LAYERS: list[tuple[str, set[str]]] = [
     ("engine", {"execution", "calibration", "trials"}),
     ("built-in plugins", {"families", "metrics", "strategies", "recovery", "corpora", "evaluators", "reports"}),
     ("catalogue, results, models by name", {"plugins", "store", "models"}),
-    ("harness", {"generation", "recovered", "pruner", "studyfile", "grid", "evaluation", "report", "study"}),
+    (
+        "harness",
+        {"generation", "recovered", "pruner", "studyfile", "grid", "evaluation", "report", "study", "planfiles"},
+    ),
     ("conformance kit, other harnesses", {"testing", "integrations"}),
     ("command line", {"show", "cli"}),
 ]

@@ -26,6 +26,7 @@ from studies import make_model, make_study
 from transformers import AutoModelForCausalLM
 
 from flexi_plugins import cli
+from flexi_plugins.calibration import Calibrator
 from flexi_plugins.data import PruningPlan
 from flexi_plugins.digests import tensor_digest
 from flexi_plugins.families.known import KNOWN
@@ -278,6 +279,40 @@ def test_plans_with_tensors_lie_beside_each_other(flexi: Flexi, method: list[str
     (tmp_path / "a.tensors").unlink()
     lost = flexi("prune", "--model", model, "--plan", tmp_path / "a.json", "-o", tmp_path / "c")
     assert "are missing that least-squares-merge made step by step; they lie beside the plan" in lost.err
+
+
+@pytest.mark.parametrize(("command", "output"), [("plan", "plan.json"), ("prune", "pruned")])
+def test_a_search_that_was_stopped_goes_on_where_it_was(
+    flexi: Flexi,
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    output: str,
+) -> None:
+    search = [command, "--model", model, "--metric", "greedy", "--strategy", "remove-blocks", "--ratio", "0.4"]
+    search += ["--strategy-option", "progressive=true", "--corpus", f"file:{text}", "-o", tmp_path / output]
+    tried: list[str] = []
+    original, allowed = Calibrator._measured_losses, [6]
+
+    def measured(self: Calibrator, planned: Any, advance: Any) -> list[float]:
+        if len(tried) >= allowed[0]:
+            raise KeyboardInterrupt
+        tried.extend(p.plan.hash for p in planned)
+        return original(self, planned, advance)
+
+    monkeypatch.setattr(Calibrator, "_measured_losses", measured)
+    stopped = flexi(*search)
+    assert stopped.status == 130
+    assert "the same command goes on from there" in stopped.err
+    assert not (tmp_path / output).exists()
+    assert len(list((tmp_path / f"{output}.search").rglob("*.json"))) == 6, "each of the six blocks away"
+    allowed[0] = 100
+    assert flexi(*search).status == 0
+    assert 6 < len(tried) == len(set(tried)), "no model was tried twice"
+    assert (tmp_path / output).exists()
+    assert not (tmp_path / f"{output}.search").exists()
 
 
 @pytest.mark.parametrize("strategy", ["concat-merge", "share-lora", "least-squares-merge"])
