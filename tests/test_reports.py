@@ -418,6 +418,12 @@ def test_broken_models_stand_on_the_edge_of_the_picture_of_methods():
     assert [text.get_text() for text in figure.axes[0].texts] == ["above 3,180: 2"]
 
 
+def test_a_study_whose_models_all_broke_down_is_drawn_by_its_tasks():
+    figure, _ = dots([record("a", "cut", perplexity=math.inf), record("b", "cut", perplexity=math.inf)])
+    (axes,) = figure.axes
+    assert axes.get_xlabel().startswith("−boolq_choice_logprob")
+
+
 def test_a_study_without_perplexity_is_drawn_by_its_tasks_alone():
     tasks = (Measurement("t1_choice_logprob", -0.5, True), Measurement("t2_choice_logprob", -1.5, True))
     figure, _ = dots([replace(record("come", "cut"), measurements=tasks)])

@@ -19,7 +19,7 @@ COLOURS = (
 )
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "8", "d")
 GREY = "#777777"
-LINE = 0.2  # inches that a line of text takes
+LINE_HEIGHT = 0.2  # inches that a line of text takes
 SCALE = 100.0  # times the best value: models that broke down, beyond it, do not squeeze the others together
 STEPS = ((0.4, (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)), (1.5, (1, 2, 3, 5)), (3.0, (1, 3)), (math.inf, (1,)))
 
@@ -58,6 +58,13 @@ def handle(label: str, marker: str, colour: str, size: int = 8) -> Any:
     from matplotlib.lines import Line2D
 
     return Line2D([], [], linestyle="", marker=marker, color=colour, markersize=size, label=label)
+
+
+def as_pruned() -> Any:
+    """Return the entry of what is hollow where other models were recovered."""
+    found = handle("as pruned", "o", GREY)
+    found.set_markerfacecolor("none")
+    return found
 
 
 def plain(axes: Any) -> None:

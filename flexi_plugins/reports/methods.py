@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from flexi_plugins import hookimpl
 from flexi_plugins.hookspecs import ReportFormat
 from flexi_plugins.reports import figures, ranking
-from flexi_plugins.reports.figures import GREY, LINE, handle
+from flexi_plugins.reports.figures import GREY, LINE_HEIGHT, handle
 from flexi_plugins.reports.ranking import Row, number
 
 if TYPE_CHECKING:
@@ -77,8 +77,9 @@ def _figure(rows: Sequence[Row], panels: Sequence[Panel], title: str) -> Any:
     from matplotlib.figure import Figure
 
     lines = _lines(rows)
-    shown = [p for p in panels if any(not math.isnan(p.value(r)) for r in rows)]
-    figure = Figure(figsize=(3.4 + 3.4 * max(len(shown), 1), 1.6 + LINE * max(len(lines), 8)), layout="constrained")
+    shown = [p for p in panels if any(math.isfinite(p.value(r)) for r in rows)]
+    size = 3.4 + 3.4 * max(len(shown), 1), 1.6 + LINE_HEIGHT * max(len(lines), 8)
+    figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold")
     every = figure.subplots(1, max(len(shown), 1), sharey=True, squeeze=False)[0]
     if not shown:
@@ -136,7 +137,7 @@ def _draw(
     axes: Any, panel: Panel, lines: Mapping[Line, list[Row]], colours: dict[str, str], marks: dict[str, str]
 ) -> None:
     values = [v for line in lines.values() for v in map(panel.value, line) if not math.isnan(v)]
-    edge = figures.SCALE * min(values)
+    edge = figures.SCALE * min(v for v in values if math.isfinite(v))
     figures.plain(axes)
     figures.logarithmic(axes, "x", [min(v, edge) for v in values])
     axes.set_xlabel(f"{panel.label}\nlower is better", fontsize=9)
@@ -171,7 +172,5 @@ def _draw_mark(axes: Any, row: Row, x: float, y: int, colours: dict[str, str], m
 def _draw_legend(figure: Any, colours: dict[str, str], marks: dict[str, str]) -> None:
     handles = [handle(DENSE, "*", "black", 10), *(handle(ratio, "o", colour) for ratio, colour in colours.items())]
     if marks:
-        as_pruned = handle("as pruned", "o", GREY)
-        as_pruned.set_markerfacecolor("none")
-        handles += [as_pruned, *(handle(recovery, marker, GREY) for recovery, marker in marks.items())]
+        handles += [figures.as_pruned(), *(handle(recovery, marker, GREY) for recovery, marker in marks.items())]
     figure.legend(handles=handles, loc="outside lower center", frameon=False, fontsize=9, ncols=4)

@@ -1,4 +1,4 @@
-"""Report format ``pareto``: quality against stored parameters as an SVG, a mark a cell; equal records, equal bytes."""
+"""Report format ``pareto``: quality against stored parameters as an SVG, a mark a method; equal records, equal bytes."""
 
 from __future__ import annotations
 
@@ -124,12 +124,10 @@ def _draw_legend(axes: Any, colours: dict[str, str], markers: dict[str, str], de
     metrics = [handle("metric", "", GREY), *(handle(n, "o", c) for n, c in colours.items())] if colours else []
     strategies = [handle("strategy", "", GREY), *(handle(n, m, GREY) for n, m in markers.items())] if markers else []
     lines = [line for line in axes.get_lines() if line.get_label() == "frontier"]
-    fills = [handle("recovered", "o", GREY), handle("as pruned", "o", GREY)] if recovered else []
-    for hollow in fills[1:]:
-        hollow.set_markerfacecolor("none")
+    fills = [handle("recovered", "o", GREY), figures.as_pruned()] if recovered else []
     handles = [*([handle("dense", "*", "black", 12)] if dense else []), *lines, *fills, *metrics, *strategies]
     width, height = axes.figure.get_size_inches()
-    axes.figure.set_size_inches(width, max(height, figures.LINE * (len(handles) + 2)))
+    axes.figure.set_size_inches(width, max(height, figures.LINE_HEIGHT * (len(handles) + 2)))
     legend = axes.figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
     for text in legend.get_texts():
         text.set_fontweight("bold" if text.get_text() in ("metric", "strategy") else "normal")
