@@ -844,7 +844,12 @@ Status = Literal["complete", "failed", "incompatible"]
 
 @dataclass(frozen=True)
 class Record:
-    """One result, as it is stored: the cell, what came of it, and what it took."""
+    """One result, as it is stored: the cell, what came of it, and what it took.
+
+    seconds: of each stage, in the process that ended it (what a killed one did before is not in it). shared_with: stage
+    -> number of cells that went through it together, each of which has the seconds of all. peak_memory_gib: of the process.
+    dirty: whether the package's files differed from ``commit``. date: UTC, when the record was written.
+    """
 
     cell: Cell
     status: Status

@@ -249,6 +249,15 @@ def test_many_measurements_go_into_several_tables():
     assert "–" in part, "what was not measured is a dash"
 
 
+def test_the_average_stands_beside_the_perplexity():
+    average = Measurement("average_acc", 0.41, True, 0.01, 0.3)
+    page = markdown([replace(r, measurements=(*r.measurements, average)) for r in (dense(), RECORDS[0])])
+    row = table(page, "Quality at ratio 0.2")[1]
+    assert row["average_acc %"] == "41.0 ± 1.0 (30)"
+    names = list(row)
+    assert names.index("average_acc %") == names.index(PERPLEXITY) + 1
+
+
 @pytest.mark.parametrize("records", [[], [RECORDS[3]], [dense()]])
 def test_little_is_rendered_without_complaint(records):
     rows = store.rows(records)
@@ -459,5 +468,6 @@ def test_names_are_sorted_into_kinds():
     names = ["python-docs_ppl@512", "boolq_acc", "arc_acc_norm", "average_acc", "arc_choice_logprob", "peak_memory_mib"]
     assert ranking.perplexities(names) == names[:1]
     assert ranking.accuracies(names) == names[1:4]
+    assert ranking.averages(names) == names[3:4]
     assert ranking.choices(names) == names[4:5]
     assert ranking.speeds(names) == names[5:]

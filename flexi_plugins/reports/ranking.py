@@ -67,6 +67,11 @@ def accuracies(names: Iterable[str]) -> list[str]:
     return [n for n in names if {"acc", "accuracy"} & set(n.replace("/", "_").replace("@", "_").split("_"))]
 
 
+def averages(names: Iterable[str]) -> list[str]:
+    """Return the accuracies that are the average over several tasks."""
+    return [n for n in accuracies(names) if n.startswith("average_")]
+
+
 def speeds(names: Iterable[str]) -> list[str]:
     """Return the measurements of size on disk, memory and speed."""
     return [n for n in names if any(part in n for part in SPEED)]

@@ -154,7 +154,8 @@ def _caveats(rows: pd.DataFrame, done: Sequence[Row], names: Sequence[str]) -> l
 def _quality(done: Sequence[Row], names: Sequence[str]) -> list[str]:
     """Return the tables of each model and ratio, the dense model on top of every one."""
     speeds = ranking.speeds(names)
-    kinds = [n for kind in (ranking.perplexities, ranking.choices, ranking.accuracies) for n in kind(names)]
+    order = (ranking.perplexities, ranking.averages, ranking.choices, ranking.accuracies)
+    kinds = [n for kind in order for n in kind(names)]
     shown = list(dict.fromkeys([*kinds, *names]))
     columns = [_measurement(n, n in ranking.accuracies(names)) for n in shown if n not in speeds]
     several = len({r["model"] for r in done}) > 1
