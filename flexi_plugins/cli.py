@@ -356,9 +356,15 @@ def report(
         Path | None,
         typer.Option("--published-file", help="CSV of published numbers; default: baselines/published.csv."),
     ] = None,
+    paired_with: Annotated[
+        str,
+        typer.Option(help="What PAIRED.md has every method beside: best (of its ratio), dense, or METRIC-STRATEGY."),
+    ] = "best",
     as_json: Json = False,
 ) -> None:
     """Write the leaderboard of a study again from its records, publish it, or put published numbers beside it.
+
+    Where the folder has the outcomes of single documents, PAIRED.md says which methods they tell apart.
 
     \b
     Example: flexi report runs/demo --publish results/demo
@@ -367,9 +373,9 @@ def report(
     Example: flexi report results/demo --into README.md
 
     \b
-    Example: flexi report runs/llama-7b --published
+    Example: flexi report runs/llama-7b --published --paired-with dense
     """
-    from flexi_plugins.report import insert_leaderboard, publish, write_published, write_reports
+    from flexi_plugins.report import insert_leaderboard, publish, write_paired, write_published, write_reports
     from flexi_plugins.store import Store
 
     plugins = _plugins()
@@ -383,10 +389,11 @@ def report(
     files = publish(plugins, folder, publish_to) if publish_to else write_reports(plugins, records, folder, title)
     if into:
         insert_leaderboard(next(f for f in files if f.suffix == ".md"), into)
-    beside: dict[str, Any] = {}
+    written, apart = write_paired(store, records, publish_to or folder, title, paired_with)
+    files, beside = [*files, *([written] if written else [])], {"paired": apart}
     if published or published_file:
         file, pairs = write_published(plugins, records, publish_to or folder, title, published_file)
-        files, beside = [*files, file], {"published": pairs}
+        files, beside = [*files, file], {**beside, "published": pairs}
     if as_json:
         print_json({"records": [r.to_json() for r in records], "files": [str(f) for f in files], **beside})
     else:

@@ -510,8 +510,9 @@ class EvaluationRequest:
 class Outcome:
     """What an evaluator found about one candidate.
 
-    documents: per-document outcomes, one flat mapping each. failure says why there is no number, if there is none.
-    versions: what the numbers depend on beside installed packages (task versions), for the record.
+    documents: per-document outcomes, one flat mapping each; what has ``task``, ``doc_id`` and a number NAME is compared
+    between methods as the measurement TASK_NAME. failure says why there is no number, if there is none. versions: what
+    the numbers depend on beside installed packages (task versions), for the record.
     """
 
     measurements: tuple[Measurement, ...] = ()

@@ -11,8 +11,11 @@ from flexi_plugins.data import Record
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.files import write_text
 from flexi_plugins.plugins import Plugins, told
+from flexi_plugins.reports import paired
 from flexi_plugins.reports.published import COLUMNS, read_published, render, side_by_side
 from flexi_plugins.store import Store, rows
+
+PAIRED = "PAIRED.md"
 
 
 def write_reports(plugins: Plugins, records: Sequence[Record], folder: Path, title: str) -> list[Path]:
@@ -39,16 +42,37 @@ def write_reports(plugins: Plugins, records: Sequence[Record], folder: Path, tit
 
 
 def publish(plugins: Plugins, source: Path, target: Path) -> list[Path]:
-    """Copy a study's finished records and the reports generated from them to ``target``; return the reports."""
+    """Copy a study's finished records and the reports generated from them to ``target``; return the reports.
+
+    Outcomes of single documents are not copied.
+    """
     records = [r for r in Store(source).records() if r.status != "failed"]
     if not records:
         raise FlexiError(f"publish: {source} holds no finished record; run the study first")
     if (target / "records").exists():
         shutil.rmtree(target / "records")
+    (target / PAIRED).unlink(missing_ok=True)
     store = Store(target)
     for record in records:
         store.write(record)
     return write_reports(plugins, records, target, source.name)
+
+
+def write_paired(
+    store: Store, records: Sequence[Record], folder: Path, title: str, reference: str = paired.BEST
+) -> tuple[Path | None, list[dict[str, Any]]]:
+    """Write PAIRED.md into a folder: every method beside one other on the same documents; return the file and the pairs.
+
+    reference: the best of each ratio, the dense model, or METRIC-STRATEGY (see ``reports.paired.pairs_of``). Where the
+    store has no outcomes of two methods' documents there is no file.
+    """
+    cells = {store.path(record.cell).stem: record.cell for record in records}
+    pairs = paired.pairs_of(rows(records), lambda name: store.documents(cells[name]), reference)
+    if not pairs:
+        return None, []
+    path = folder / PAIRED
+    write_text(path, paired.render(pairs, title))
+    return path, [pair.to_json() for pair in pairs]
 
 
 PUBLISHED = Path(__file__).parents[1] / "baselines" / "published.csv"

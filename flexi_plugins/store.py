@@ -307,13 +307,14 @@ class Journal:
 def rows(records: Iterable[Record]) -> pd.DataFrame:
     """Return one row a record, dense first; a column a measurement, with ``NAME_stderr`` and ``NAME_chance``.
 
-    ``attrs`` holds what reports put at their head: model, corpus, dates, versions, commits, and which way is better.
+    ``record`` is the name of its file, without ending. ``attrs`` holds what reports put at their head: model, corpus,
+    dates, versions, commits, and which way is better.
     """
     import pandas as pd
 
     ordered = sorted(records, key=_order)
     frame = pd.DataFrame([_row(r) for r in ordered])
-    fixed = (*COLUMNS, *SIZES, "options")
+    fixed = (*COLUMNS, *SIZES, "options", "record")
     frame = frame.reindex(columns=[*fixed, *(c for c in frame.columns if c not in fixed)])
     frame.attrs.update(_context(ordered))
     return frame
@@ -328,7 +329,7 @@ def _order(record: Record) -> tuple[Any, ...]:
 def _row(record: Record) -> dict[str, Any]:
     cell = record.cell
     row: dict[str, Any] = {name: getattr(cell, name) for name in COLUMNS if hasattr(cell, name)}
-    row |= {"status": record.status, "reason": record.reason, "options": cell.options}
+    row |= {"status": record.status, "reason": record.reason, "options": cell.options, "record": _name(cell)}
     if record.plan:
         row |= {name: getattr(record.plan, name) for name in SIZES} | {"true_ratio": record.plan.ratio}
         row |= _of_recovery(record.plan.origin.get("recovery"))

@@ -30,7 +30,7 @@ from flexi_plugins.models import open_model
 from flexi_plugins.plugins import Plugins, incompatible, options_json, told
 from flexi_plugins.progress import Progress
 from flexi_plugins.pruner import Calibration, Pruner, Training, refusal, resident
-from flexi_plugins.report import write_reports
+from flexi_plugins.report import write_paired, write_reports
 from flexi_plugins.store import Journal, Store, commit, environment, write_traceback
 from flexi_plugins.studyfile import Measure, StudyFile
 
@@ -75,6 +75,7 @@ class Study:
             self.journal.clear()
         records = [r for r in (self.store.get(w.cell) for w in works) if r is not None]
         write_reports(self.plugins, records, self.folder, self.file.name)
+        write_paired(self.store, records, self.folder, self.file.name)
         return records
 
     # -- cells

@@ -32,7 +32,18 @@ LAYERS: list[tuple[str, set[str]]] = [
 UPWARD = {("_auto", "modeling")}  # transformers' Auto classes load our model class when they are loaded themselves
 PUBLIC = {"", "data", "hookspecs", "budget", "errors", "files", "numerics", "testing"}  # what a third party may import
 METHODS = {"metrics", "strategies", "recovery"}
-HEAVY = {"torch", "transformers", "lm_eval", "datasets", "pandas", "pyarrow", "safetensors", "accelerate", "matplotlib"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "lm_eval",
+    "datasets",
+    "pandas",
+    "pyarrow",
+    "safetensors",
+    "accelerate",
+    "matplotlib",
+    "scipy",
+}
 LIGHT = {
     "",
     "_auto",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import subprocess
@@ -88,7 +89,7 @@ OPTIONS = {  # a change here is a change of what users have written in their scr
         "--json",
         "--help",
     },
-    "report": {"FOLDER", "--publish", "--into", "--published", "--published-file", "--json", "--help"},
+    "report": {"FOLDER", "--publish", "--into", "--published", "--published-file", "--paired-with", "--json", "--help"},
     "list": {"--json", "--help"},
     "check": {"STUDIES", "--json", "--help"},
 }
@@ -562,7 +563,8 @@ def test_a_study_runs_from_the_command_line(flexi: Flexi, model: Path, text: Pat
     assert "<!-- leaderboard -->" in refused.err
     published = flexi("report", folder, "--publish", tmp_path / "published")
     assert published.out.splitlines() == [
-        str(tmp_path / "published" / n) for n in ("LEADERBOARD.csv", "LEADERBOARD.md", "methods.svg", "pareto.svg")
+        str(tmp_path / "published" / n)
+        for n in ("LEADERBOARD.csv", "LEADERBOARD.md", "methods.svg", "pareto.svg", "PAIRED.md")
     ]
     assert len(list((tmp_path / "published" / "records").iterdir())) == 2
 
@@ -585,6 +587,22 @@ def test_published_numbers_stand_beside_a_studys(flexi: Flexi, model: Path, text
     refused = flexi("report", folder, "--published-file", tmp_path / "none.csv")
     assert refused.status == 2
     assert "report: no published numbers in " in refused.err
+
+
+def test_a_study_is_compared_on_the_same_documents(flexi: Flexi, model: Path, text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert flexi("run", make_study(tmp_path / "s.toml", model, text), "--out", folder).status == 0
+    assert "beside come x remove-blocks" in (folder / "PAIRED.md").read_text()
+    said = flexi("report", folder, "--paired-with", "dense", "--json").json
+    assert "beside the dense model" in (folder / "PAIRED.md").read_text()
+    [beside] = said["paired"]
+    assert (beside["method"]["strategy"], beside["reference"]["strategy"]) == ("remove-blocks", None)
+    values = {r["cell"]["strategy"]: r["measurements"][0]["value"] for r in said["records"]}
+    found = beside["differences"][f"file:{text}_ppl@128"]
+    assert found["mean"] == pytest.approx(math.log(values["remove-blocks"] / values[None]))
+    unknown = flexi("report", folder, "--paired-with", "saap")
+    assert unknown.status == 2
+    assert "expected 'best', 'dense' or one of come-remove-blocks" in unknown.err
 
 
 def test_studies_run_into_runs_by_their_name(

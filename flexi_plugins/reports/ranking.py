@@ -16,7 +16,7 @@ Row = dict[Any, Any]
 METHOD = ("model", "metric", "strategy", "ratio", "recovery")
 SIZES = ("true_ratio", "stored_parameters", "runtime_parameters", "macs_per_token", "bits_per_weight", "packed_mib")
 SPEED = ("checkpoint_mib", "peak_memory_mib", "tokens_per_second")
-UNRANKED = ("label", "seed", "options")  # columns of a record that a method has not
+UNRANKED = ("label", "seed", "options", "record", "records")  # columns that are not in the leaderboard's rows
 OF_A_SEED = ("seed", "training.text")  # options in which the seeds of one method differ: theirs, and what they draw
 
 
@@ -38,7 +38,10 @@ def ranked(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def methods(rows: pd.DataFrame) -> list[Row]:
-    """Return one row a method that has a result, as in ``ranked``, each with its options as in a record (JSON text)."""
+    """Return one row a method that has a result, as in ``ranked``, with its options as in a record (JSON text).
+
+    ``records`` are the names of its seeds' records.
+    """
     names = measured(rows)
     complete = (r for r in rows.to_dict("records") if r["status"] == "complete")
     found = [_together(group, names) for group in _groups(complete)]
@@ -128,7 +131,7 @@ def _groups(rows: Iterable[Row]) -> list[list[Row]]:
 def _together(group: Sequence[Row], names: Sequence[str]) -> Row:
     """Return the mean of one method's seeds, with standard deviations where there are several."""
     row: Row = {name: group[0][name] for name in (*METHOD, "status", "reason", "options")}
-    row |= {"variant": "", "seeds": " ".join(str(r["seed"]) for r in group)}
+    row |= {"variant": "", "seeds": " ".join(str(r["seed"]) for r in group), "records": [r["record"] for r in group]}
     notes = [r["recovery_note"] for r in group if isinstance(r.get("recovery_note"), str)]
     row |= {"recovery_note": "; ".join(dict.fromkeys(notes))} if notes else {}
     for name in (*SIZES, *names, *(f"{n}_stderr" for n in names), *(f"{n}_chance" for n in names)):

@@ -164,9 +164,9 @@ def _quality(done: Sequence[Row], names: Sequence[str]) -> list[str]:
         group = [r for r in done if r["model"] == model and (ranking.is_dense(r) or r["ratio"] == ratio)]
         size = f"ratio {ratio:g}" if ratio else "sizes that options set"
         sections.append(f"## Quality at {size}" + f" of {model}" * several)
-        sections += _tables(group, _identity(done), columns)
+        sections += tables(group, identity(done), columns)
     if not sections and done:
-        sections = ["## Quality", *_tables(done, _identity(done), columns)]
+        sections = ["## Quality", *tables(done, identity(done), columns)]
     return sections
 
 
@@ -189,7 +189,7 @@ def _recovery(done: Sequence[Row], names: Sequence[str]) -> list[str]:
     said += [f"Not in {_label(r)}: {one_line(r.get('recovery_note')) or 'nothing was noted'}." for r in worse]
     uneven = [r for r in rows if r["seeds"] != r["before"]["seeds"]]
     said += [f"{_label(r)}: before is the mean of seeds {r['before']['seeds']}, after of {r['seeds']}." for r in uneven]
-    columns: list[Column] = [c for c in _identity(done) if c[0] not in ("#", "stored M", "bits a weight", "packed MiB")]
+    columns: list[Column] = [c for c in identity(done) if c[0] not in ("#", "stored M", "bits a weight", "packed MiB")]
     for name in (first, *ranking.choices(names)):
         columns += [(f"{name} before", earlier(name)), (f"{name} after", _number(name, figure))]
         columns += [("after / before", times)] if name == first else []
@@ -207,7 +207,7 @@ def _speed(done: Sequence[Row], names: Sequence[str]) -> list[str]:
         ("runtime M", _millions("runtime_parameters")),
         ("MACs/token M", _millions("macs_per_token")),
     ]
-    columns = [*_identity(done), *sizes, *((_heading(n), _number(n, figure)) for n in ranking.speeds(names))]
+    columns = [*identity(done), *sizes, *((_heading(n), _number(n, figure)) for n in ranking.speeds(names))]
     return ["## Size and speed", markdown_table(done, columns)] if done else []
 
 
@@ -218,7 +218,7 @@ def _missing(rows: Sequence[Row]) -> list[str]:
     return ["## Without a result", markdown_table(left, columns)] if left else []
 
 
-def _identity(done: Sequence[Row]) -> list[Column]:
+def identity(done: Sequence[Row]) -> list[Column]:
     """Return the columns that say which method a row is; those that are the same everywhere are left out."""
     columns: list[Column] = [
         ("#", lambda r: "" if ranking.is_dense(r) else f"{r['rank']:.0f}"),
@@ -238,9 +238,10 @@ def _identity(done: Sequence[Row]) -> list[Column]:
     return columns
 
 
-def _tables(rows: Sequence[Row], identity: Sequence[Column], columns: Sequence[Column]) -> list[str]:
+def tables(rows: Sequence[Row], first: Sequence[Column], columns: Sequence[Column]) -> list[str]:
+    """Return Markdown tables of WIDTH columns each, every one behind the first columns."""
     starts = range(0, max(len(columns), 1), WIDTH)
-    return [markdown_table(rows, [*identity, *columns[start : start + WIDTH]]) for start in starts]
+    return [markdown_table(rows, [*first, *columns[start : start + WIDTH]]) for start in starts]
 
 
 def markdown_table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
