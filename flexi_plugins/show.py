@@ -98,7 +98,9 @@ def show_outcomes(outcomes: Sequence[Any], as_json: bool) -> None:
 
 def show_reports(plugins: Plugins, folder: Path) -> None:
     """Print the leaderboard, and where everything is."""
-    named = [folder / e.object.filename for e in plugins.entries("report").values()]
+    from flexi_plugins.report import PAIRED
+
+    named = [*(folder / e.object.filename for e in plugins.entries("report").values()), folder / PAIRED]
     files = [file for file in named if file.exists()]
     board = next((f for f in files if f.suffix == ".md"), None)
     if board is not None:

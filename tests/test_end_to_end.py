@@ -63,7 +63,7 @@ def whole(study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "small"
     done = subprocess.run([*RUN, str(study), "--out", str(folder)], capture_output=True, text=True, check=True)
     assert "flexigpt" in done.stdout, "the leaderboard is printed"
-    assert str(folder / "LEADERBOARD.md") in done.stdout, "the files are named"
+    assert all(str(folder / name) in done.stdout for name in ("LEADERBOARD.md", "PAIRED.md")), "the files are named"
     return folder
 
 

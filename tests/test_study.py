@@ -168,6 +168,7 @@ def test_a_study_leaves_reports_and_nothing_temporary(grid: Grid) -> None:
         "LEADERBOARD.csv",
         "methods.svg",
         "pareto.svg",
+        "PAIRED.md",
         "records",
         "documents",
         "plans",
