@@ -90,7 +90,7 @@ def main() -> None:
     """Make the checkpoint, distil in a process of its own, print and write the figures; the checkpoint is deleted."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", type=int, default=BLOCKS, help="of the checkpoint; 32 is LLaMA-7B")
-    parser.add_argument("--memory", type=float, default=4.0, metavar="GIB", help="for sweeps; 0: their default")
+    parser.add_argument("--memory", type=float, default=5.0, metavar="GIB", help="for sweeps; 0: their default")
     parser.add_argument("--process", type=Path, help=argparse.SUPPRESS)  # the checkpoint, in the measured process
     given = parser.parse_args()
     limit = int(given.memory * GIB) or None
