@@ -64,10 +64,15 @@ def write_paired(
     """Write PAIRED.md into a folder: every method beside one other on the same documents; return the file and the pairs.
 
     reference: the best of each ratio, the dense model, or METRIC-STRATEGY (see ``reports.paired.pairs_of``). Where the
-    store has no outcomes of two methods' documents there is no file.
+    store has no outcomes of two methods' documents there is no file, and a FlexiError if another than the best is asked for.
     """
     cells = {store.path(record.cell).stem: record.cell for record in records}
     pairs = paired.pairs_of(rows(records), lambda name: store.documents(cells[name]), reference)
+    if not pairs and reference != paired.BEST:
+        raise FlexiError(
+            f"report: {store.folder} has no outcomes of documents of {reference!r} and another method; expected "
+            "documents/*.parquet, which a study writes where it runs and which are not published"
+        )
     if not pairs:
         return None, []
     path = folder / PAIRED

@@ -130,7 +130,13 @@ class Store:
         import pandas as pd
 
         path = self._documents_path(cell)
-        return pd.read_parquet(path) if path.exists() else pd.DataFrame({"evaluator": []})
+        try:
+            return pd.read_parquet(path)
+        except FileNotFoundError:
+            pass
+        except UNREADABLE as error:
+            self._note(f"{path}: not a whole table of documents ({type(error).__name__}: {error})")
+        return pd.DataFrame({"evaluator": []})
 
     def _read(self, path: Path) -> Record | None:
         def parse(value: Any) -> Record:

@@ -81,7 +81,7 @@ def test_the_difference_is_taken_document_by_document():
 
 
 def test_perplexities_stand_as_their_ratio():
-    row = table(paired.render(pairs(*MADE), "demo"), "Ratio 0.2, beside saap x remove-blocks")[1]
+    row = table(paired.render(pairs(*MADE), "demo"), "At ratio 0.2, beside saap x remove-blocks")[1]
     times = math.exp(MADE[1][1].mean() - MADE[2][1].mean())
     assert row[PERPLEXITY].startswith(f"×{times:.3f} ± ")
     assert row["boolq_acc %"] == "same"
@@ -91,7 +91,8 @@ def test_what_is_not_told_apart_is_marked():
     near = (record("flexigpt", "remove-blocks"), losses(0.0, 4), 1 - RIGHT)
     page = paired.render(pairs(MADE[2], near), "demo")
     [row] = table(
-        page, "Ratio 0.2, beside " + ("flexigpt" if near[1].mean() < MADE[2][1].mean() else "saap") + " x remove-blocks"
+        page,
+        "At ratio 0.2, beside " + ("flexigpt" if near[1].mean() < MADE[2][1].mean() else "saap") + " x remove-blocks",
     )
     assert row[PERPLEXITY].startswith("=×1.00") or row[PERPLEXITY].startswith("=×0.99")
     assert row["boolq_acc %"].startswith("=+0.0 ± ")
@@ -157,9 +158,37 @@ def test_each_ratio_has_its_own_reference():
     ]
     page = paired.render(pairs(*MADE, *more), "demo")
     assert [line for line in page.splitlines() if line.startswith("## ")] == [
-        "## Ratio 0.2, beside saap x remove-blocks",
-        "## Ratio 0.3, beside come x remove-blocks",
+        "## At ratio 0.2, beside saap x remove-blocks",
+        "## At ratio 0.3, beside come x remove-blocks",
     ]
+
+
+def test_sizes_that_options_set_have_one_table_whatever_the_reference():
+    extended = [
+        (record("none", "extend", ratio=0.0, options={"strategy": {"order": order}}), losses(0.1, n), RIGHT)
+        for n, order in enumerate(("block", "sequential"))
+    ]
+    trained = (replace(dense(), cell=replace(dense().cell, recovery="lora")), losses(-0.6, 8), RIGHT)
+    for reference, count in (("best", 3), ("dense", 3)):
+        page = paired.render(pairs(MADE[0], trained, *extended, reference=reference), "demo")
+        [heading] = [line for line in page.splitlines() if line.startswith("## ")]
+        assert heading.startswith("## At sizes that options set, beside ")
+        assert len(table(page, heading.removeprefix("## "))) == count
+
+
+def test_a_trained_dense_model_stands_in_the_table_of_each_ratio():
+    trained = (replace(dense(), cell=replace(dense().cell, recovery="lora")), losses(-0.6, 8), RIGHT)
+    more = (record("come", "remove-blocks", ratio=0.3), losses(0.5, 5), RIGHT)
+    page = paired.render(pairs(*MADE, trained, more, reference="dense"), "demo")
+    counts = [len(table(page, f"At ratio {ratio}, beside the dense model")) for ratio in (0.2, 0.3)]
+    assert counts == [3, 2]
+
+
+def test_documents_of_other_shapes_are_left_alone():
+    foreign = pd.DataFrame([{"nll": 1.0, "task": "boolq", "acc": 1.0}])
+    assert paired.scores_of(foreign, ["boolq_acc"]) == {}
+    words = pd.DataFrame([{"task": "boolq", "doc_id": i, "acc": v} for i, v in enumerate(("yes", "1", "0"))])
+    assert list(paired.scores_of(words, ["boolq_acc"])["boolq_acc"]) == [1.0, 0.0]
 
 
 def test_filters_of_a_task_are_measurements_of_their_own():
@@ -191,6 +220,8 @@ def test_without_documents_there_is_no_page(tmp_path):
     made = [measured(r, nll) for r, nll, _ in MADE]
     for one, (_, nll, right) in zip(made, MADE, strict=True):
         store_.write(one, {"all": documents(nll, right).drop(columns="evaluator").to_dict("records")})
+    with pytest.raises(FlexiError, match="no outcomes of documents of 'dense' and another method"):
+        write_paired(Store(tmp_path / "empty"), made, tmp_path, "demo", "dense")
     path, found = write_paired(store_, made, tmp_path, "demo", "dense")
     assert path == tmp_path / "PAIRED.md"
     assert [(p["method"]["metric"], p["reference"]["metric"]) for p in found] == [("saap", None), ("come", None)]

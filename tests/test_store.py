@@ -146,6 +146,15 @@ def test_foreign_files_are_not_records(tmp_path):
     assert (folder / "notes.txt").exists(), "only temporary files are removed"
 
 
+def test_an_unreadable_table_of_documents_is_told_and_counts_as_none(tmp_path):
+    opened = Store(tmp_path)
+    opened.write(RECORD, DOCUMENTS)
+    [file] = (tmp_path / "documents").iterdir()
+    file.write_bytes(file.read_bytes()[:20])
+    assert opened.documents(CELL).empty
+    assert opened.problems[0].startswith(f"{file}: not a whole table of documents")
+
+
 @pytest.mark.parametrize(("renames", "documents"), [(0, False), (1, True)])
 def test_a_kill_leaves_no_record_without_its_documents(tmp_path, renames, documents):
     script = f"""

@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.evaluators.outcomes import SEVEN
 from flexi_plugins.reports import ranking
 from flexi_plugins.reports.ranking import Row, is_dense
-from flexi_plugins.reports.table import Column, figure, identity, tables
+from flexi_plugins.reports.table import Column, figure, identity, method, size, tables
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,12 +55,13 @@ class Difference:
 
 @dataclass(frozen=True)
 class Pair:
-    """A method beside its reference. differences: by measurement. apart: those that are told apart."""
+    """A method beside its reference, among those of a ratio. differences: by measurement. apart: those that are told apart."""
 
+    ratio: float
     row: Row
     reference: Row
     differences: Mapping[str, Difference]
-    apart: frozenset[str]
+    apart: frozenset[str] = frozenset()
 
     def to_json(self) -> dict[str, Any]:
         """Return the pair as JSON values."""
@@ -103,7 +104,8 @@ def pairs_of(rows: pd.DataFrame, documents: Documents, reference: str = BEST) ->
         beside = next((row for row in here if _is(row, reference)), None)
         if beside is not None:
             others = [row for row in here if row is not beside]
-            pairs += _told_apart([(r, beside, _differences(scores[id(r)], scores[id(beside)])) for r in others])
+            found = [Pair(ratio, r, beside, _differences(scores[id(r)], scores[id(beside)])) for r in others]
+            pairs += _told_apart(found)
     return pairs
 
 
@@ -133,19 +135,21 @@ def scores_of(documents: pd.DataFrame, names: Sequence[str]) -> Scores:
     A window's is its loss, nats a token, and makes CORPUS_ppl@TOKENS; that of a task's document is in a column of its own, and
     makes TASK_COLUMN, or TASK_COLUMN_FILTER.
     """
+    import pandas as pd
+
     scores = {}
-    if "nll" in documents:
+    if {"corpus", "window", "tokens", "nll"} <= {*documents}:
         windows = documents[documents["nll"].notna()]
         for (corpus, tokens), group in windows.groupby(["corpus", "tokens"]):
             scores[f"{corpus}_ppl@{tokens:g}"] = group.set_index("window")["nll"]
-    if "task" in documents:
+    if {"task", "doc_id"} <= {*documents}:
         rows = documents[documents["task"].notna()]
         rules = rows["filter"].fillna("") if "filter" in rows else rows["task"].map(lambda _: "")
         for (task, rule), group in rows.groupby([rows["task"], rules]):
             for column in group:
                 name = f"{task}_{column}" + (f"_{rule}" if rule else "")
                 if name in names:
-                    scores[name] = group.set_index("doc_id")[column].dropna().astype(float)
+                    scores[name] = pd.to_numeric(group.set_index("doc_id")[column], errors="coerce").dropna()
     return {name: found for name, found in scores.items() if name in names and found.index.is_unique}
 
 
@@ -173,7 +177,8 @@ def difference(scores: pd.Series, reference: pd.Series) -> Difference:
     error = float(values.std(ddof=1)) / math.sqrt(len(values))
     if error == 0:
         return Difference(float(values[0]), 0.0, float(values[0] == 0), len(values))
-    return Difference(float(values.mean()), error, float(stats.ttest_1samp(values, 0.0).pvalue), len(values))
+    mean = float(values.mean())
+    return Difference(mean, error, 2 * float(stats.t.sf(abs(mean) / error, len(values) - 1)), len(values))
 
 
 def pooled(differences: Sequence[Difference]) -> Difference:
@@ -186,19 +191,19 @@ def pooled(differences: Sequence[Difference]) -> Difference:
     return Difference(mean, error, p, sum(d.documents for d in differences))
 
 
-def _told_apart(compared: Sequence[tuple[Row, Row, Mapping[str, Difference]]]) -> list[Pair]:
-    """Return the pairs of one table; see LEVEL."""
+def _told_apart(pairs: Sequence[Pair]) -> list[Pair]:
+    """Return the pairs of one table with what is told apart; see LEVEL."""
     from scipy import stats
 
-    apart: list[set[str]] = [set() for _ in compared]
-    for name in dict.fromkeys(n for _, _, found in compared for n in found):
-        places = [i for i, (_, _, found) in enumerate(compared) if name in found and not math.isnan(found[name].p)]
-        if places:
-            adjusted = stats.false_discovery_control([compared[i][2][name].p for i in places])
-            for i, p in zip(places, adjusted, strict=True):
+    apart: dict[int, set[str]] = {id(pair): set() for pair in pairs}
+    for name in dict.fromkeys(n for pair in pairs for n in pair.differences):
+        tested = [p for p in pairs if name in p.differences and not math.isnan(p.differences[name].p)]
+        if tested:
+            adjusted = stats.false_discovery_control([pair.differences[name].p for pair in tested])
+            for pair, p in zip(tested, adjusted, strict=True):
                 if p <= LEVEL:
-                    apart[i].add(name)
-    return [Pair(*one, frozenset(names)) for one, names in zip(compared, apart, strict=True)]
+                    apart[id(pair)].add(name)
+    return [replace(pair, apart=frozenset(apart[id(pair)])) for pair in pairs]
 
 
 # ----------------------------------------------------------------------------------------------------- the page
@@ -208,23 +213,13 @@ def render(pairs: Sequence[Pair], title: str) -> str:
     """Return the pairs as a Markdown page, a table for every model and ratio."""
     sections = [f"# {title}: methods on the same documents", EXPLAINED]
     several = len({pair.row["model"] for pair in pairs}) > 1
-    for model, ratio in dict.fromkeys(_place(pair) for pair in pairs):
-        group = {id(pair.row): pair for pair in pairs if _place(pair) == (model, ratio)}
+    for model, ratio in dict.fromkeys((pair.row["model"], pair.ratio) for pair in pairs):
+        group = {id(p.row): p for p in pairs if (p.row["model"], p.ratio) == (model, ratio)}
         reference = next(iter(group.values())).reference
-        sections.append(f"## Ratio {ratio:g}" + f" of {model}" * several + f", beside {_called(reference)}")
+        beside = "the dense model" if is_dense(reference) else method(reference)
+        sections.append(f"## At {size(ratio)}" + f" of {model}" * several + f", beside {beside}")
         sections += tables([pair.row for pair in group.values()], *_columns(group))
     return "\n\n".join(sections) + "\n"
-
-
-def _place(pair: Pair) -> tuple[str, float]:
-    return pair.row["model"], pair.reference["ratio"] or pair.row["ratio"]
-
-
-def _called(row: Row) -> str:
-    if is_dense(row):
-        return "the dense model"
-    told = ", ".join(text for text in (row["variant"], row["recovery"]) if text not in ("", "none"))
-    return f"{row['metric']} x {row['strategy']}" + f" ({told})" * bool(told)
 
 
 def _columns(group: Mapping[int, Pair]) -> tuple[list[Column], list[Column]]:

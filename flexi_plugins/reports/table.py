@@ -162,8 +162,7 @@ def _quality(done: Sequence[Row], names: Sequence[str]) -> list[str]:
     sections = []
     for model, ratio in dict.fromkeys((r["model"], r["ratio"]) for r in done if not ranking.is_dense(r)):
         group = [r for r in done if r["model"] == model and (ranking.is_dense(r) or r["ratio"] == ratio)]
-        size = f"ratio {ratio:g}" if ratio else "sizes that options set"
-        sections.append(f"## Quality at {size}" + f" of {model}" * several)
+        sections.append(f"## Quality at {size(ratio)}" + f" of {model}" * several)
         sections += tables(group, identity(done), columns)
     if not sections and done:
         sections = ["## Quality", *tables(done, identity(done), columns)]
@@ -196,9 +195,19 @@ def _recovery(done: Sequence[Row], names: Sequence[str]) -> list[str]:
     return ["## Before and after recovery", _bullets(said), markdown_table(rows, columns)]
 
 
+def size(ratio: float) -> str:
+    """Return what the methods of a table have in common."""
+    return f"ratio {ratio:g}" if ratio else "sizes that options set"
+
+
+def method(row: Row) -> str:
+    """Return what a method is made of, in words; recovery where there was one."""
+    parts = (row["metric"], row["strategy"], row["variant"], row["recovery"].removeprefix("none"))
+    return " x ".join(one_line(part) for part in parts if isinstance(part, str) and part)
+
+
 def _label(row: Row) -> str:
-    parts = (row["metric"], row["strategy"], row["variant"], row["recovery"])
-    return " x ".join(one_line(part) for part in parts if isinstance(part, str) and part) + f" at {row['ratio']:g}"
+    return f"{method(row)} at {row['ratio']:g}"
 
 
 def _speed(done: Sequence[Row], names: Sequence[str]) -> list[str]:
