@@ -400,6 +400,8 @@ class Pruner:
         folder: Path,
     ) -> tuple[Planned, Trained]:
         """Train a plan's model on a text; return the plan of what came out, and what the method says of it."""
+        if "blocks" in vars(self) and self.blocks.memory is not None:
+            self.blocks.forget()  # what calibration left there: training takes memory of its own
         model: Any = build_model(planned.plan, self.checkpoint.mapped(), planned.attached)
         before = model.state_dict()
         recovered = method.recover(
@@ -477,6 +479,8 @@ class Pruner:
             for _ in sweeper.sweep([shorter], batches, hook=noting):
                 pass
             sweeper.check_finite(identity)
+            if sweeper.laid is not None and sweeper.laid.streamed:
+                self.blocks.forget()  # the room is for what is trained on these states
         return {block: torch.cat(parts) for block, parts in found.items()}
 
     # -- models

@@ -30,9 +30,15 @@ from flexi_plugins.execution.likelihoods import likelihoods
 from flexi_plugins.execution.readout import Answer, Batch
 from flexi_plugins.execution.states import LARGE, States
 from flexi_plugins.execution.sweep import Planned, Sweeper
+from flexi_plugins.hookspecs import Recovered, RecoveryRequest
 from flexi_plugins.machine import Machine, parse_memory
 from flexi_plugins.metrics import come, flexigpt, saap
+from flexi_plugins.plugins import Plugins
+from flexi_plugins.pruner import Training
+from flexi_plugins.recovery.none import NoRecovery
 from flexi_plugins.rewrite import with_digests, write_checkpoint
+from flexi_plugins.testing.bench import TinyPruner
+from flexi_plugins.testing.models import tiny_tokenizer
 
 STATISTICS = {s.name: s for module in (come, flexigpt, saap) for s in module.statistics()}
 
@@ -315,6 +321,38 @@ def test_a_donors_copy_is_let_go_with_the_block_that_ran_with_it(folder: Path) -
     tight = blocks(least(blocks, lambda b: swept(b, planned)))
     swept(tight, planned)
     assert not tight._built
+
+
+def test_blocks_in_little_memory_are_let_go_for_what_is_trained(folder: Path, tmp_path: Path) -> None:
+    """Behind the original's pass where they do not all fit, and before training what calibration has left."""
+    ids, last, known = tokens(2, 8), 4, Plugins.load()
+    held: dict[str, int] = {}
+
+    class Looking(NoRecovery):
+        def recover(self, request: RecoveryRequest) -> Recovered:
+            held["before"] = len(pruner.blocks.held)
+            states = request.teacher(ids, [last])[last]
+            held["after"] = len(pruner.blocks.held)
+            assert torch.equal(states, expected)
+            return super().recover(request)
+
+    expected = TinyPruner(open_folder(folder), known).teacher(ids, [last])[last]
+
+    def asked(blocks: Blocks) -> TinyPruner:
+        pruner = TinyPruner(open_folder(folder), known)
+        pruner.__dict__ |= {"blocks": blocks, "tokenizer": tiny_tokenizer()}
+        pruner.teacher(ids, [last])
+        return pruner
+
+    tight = least(lambda m: Blocks(open_folder(folder), memory=m), asked)
+    for memory, left in ((tight, False), (tight + 10_000_000, True), (None, True)):
+        pruner = asked(Blocks(open_folder(folder), memory=memory))
+        assert bool(pruner.blocks.held) == left
+        pruner.blocks.block(PruningPlan.identity(pruner.checkpoint.shape), 0, {})  # as calibration leaves one
+        plan = PruningPlan.keep(pruner.checkpoint.shape, (0, 1, 3))
+        pruner.recover(plan, Looking(), Training(length=8, tokens=16, held_out=1), tmp_path / str(memory))
+        assert bool(held["before"]) == (memory is None)
+        assert bool(held["after"]) == left
 
 
 def test_what_is_announced_is_what_is_read_beside_kept_states(folder: Path) -> None:

@@ -181,6 +181,10 @@ class Blocks:
             if made is not None and self.copied_bytes(plan, made):
                 self._built.pop(plan.key(made), None)
 
+    def forget(self) -> None:
+        """Forget all blocks, read and built; embedding, final norm and head stay."""
+        self.held, self._built = {}, {}
+
     def keep_only(self, plans: Sequence[PruningPlan]) -> None:
         """Forget the built blocks that none of these plans uses."""
         wanted = {p.key(i) for p in plans for i in range(len(p.blocks))}

@@ -113,7 +113,8 @@ def main() -> None:
     print(EXPLANATION)
     peak = found["resident_peak"] / GIB
     print(f"{peak:.2f} GiB resident, to reach {MOST_GIB:g}: {'met' if peak <= MOST_GIB else 'missed'}")
-    figures = {"peak_gib": peak, "most_gib": MOST_GIB, "blocks": given.blocks, "tokens_a_step": STEP, **found}
+    setting = {"blocks": given.blocks, "tokens_a_step": STEP, "sweeps_gib": given.memory}
+    figures = {"peak_gib": peak, "most_gib": MOST_GIB, **setting, **found}
     if given.blocks == BLOCKS:
         finish("distill_7b", figures)
     else:
