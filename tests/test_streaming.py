@@ -348,6 +348,11 @@ def test_blocks_in_little_memory_are_let_go_for_what_is_trained(folder: Path, tm
     for memory, left in ((tight, False), (tight + 10_000_000, True), (None, True)):
         pruner = asked(Blocks(open_folder(folder), memory=memory))
         assert bool(pruner.blocks.held) == left
+        checkpoint = pruner.blocks.checkpoint
+        before = checkpoint.bytes_read
+        assert torch.equal(pruner.teacher(ids, [last])[last], expected)
+        read = checkpoint.bytes_read - before
+        assert read == (0 if left else checkpoint.bytes_of(checkpoint.tensor_names()))  # embedding and head too
         pruner.blocks.block(PruningPlan.identity(pruner.checkpoint.shape), 0, {})  # as calibration leaves one
         plan = PruningPlan.keep(pruner.checkpoint.shape, (0, 1, 3))
         pruner.recover(plan, Looking(), Training(length=8, tokens=16, held_out=1), tmp_path / str(memory))

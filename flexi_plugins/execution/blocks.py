@@ -78,7 +78,7 @@ class Blocks:
         outer = [checkpoint.read(n) for n in checkpoint.outer_names()]
         self._converted = outer[0].dtype != dtype  # blocks are then copies of what was read
         self._norm = norm.requires_grad_(False)
-        self._outer = dict(zip(OUTER, (t.to(self.device, dtype) for t in outer), strict=False))
+        self._kept_outer: dict[str, Tensor] | None = self._placed(outer)
         self._outers: dict[Any, dict[str, Tensor]] = {}  # of plans that have their own, as they are computed with
         self.held: dict[str, Tensor] = {}  # the checkpoint's tensors that are in memory
         self._names: dict[Any, tuple[str, ...]] = {}
@@ -97,6 +97,15 @@ class Blocks:
     def outer_bytes(self) -> int:
         """Bytes of the embedding, the final norm and the head."""
         return sum(t.nbytes for t in self._outer.values())
+
+    @property
+    def _outer(self) -> dict[str, Tensor]:
+        if self._kept_outer is None:
+            self._kept_outer = self._placed([self.checkpoint.read(n) for n in self.checkpoint.outer_names()])
+        return self._kept_outer
+
+    def _placed(self, outer: Iterable[Tensor]) -> dict[str, Tensor]:
+        return dict(zip(OUTER, (t.to(self.device, self.dtype) for t in outer), strict=False))
 
     # -- reading
 
@@ -182,8 +191,8 @@ class Blocks:
                 self._built.pop(plan.key(made), None)
 
     def forget(self) -> None:
-        """Forget all blocks, read and built; embedding, final norm and head stay."""
-        self.held, self._built = {}, {}
+        """Forget all that was read and built; it is read again when it is needed."""
+        self.held, self._built, self._outers, self._kept_outer = {}, {}, {}, None
 
     def keep_only(self, plans: Sequence[PruningPlan]) -> None:
         """Forget the built blocks that none of these plans uses."""
