@@ -108,6 +108,16 @@ def test_cells_without_a_result_stand_at_the_end_with_their_reason():
     assert "2 of 6 cells have no result" in markdown(RECORDS)
 
 
+def test_a_cell_without_a_result_says_what_it_is_of():
+    """The unpruned model by its name, and two cells that differ in an option by that option."""
+    without = {"status": "incompatible", "reason": "nothing to train", "measurements": (), "plan": None}
+    unpruned = record(None, None, ratio=0.0, recovery="adapters", **without)
+    merges = [record("come", "merge", options={"strategy": {"mode": m}}, **without) for m in "ab"]
+    (first, *rest) = table(markdown([dense(), unpruned, *merges]), "Without a result")
+    assert (first["metric"], first["strategy"], first["recovery"]) == ("**dense**", "", "adapters")
+    assert [r["variant"] for r in rest] == ["mode=a", "mode=b"]
+
+
 def test_several_seeds_become_mean_and_deviation():
     values = (50.0, 54.0, 61.0)
     seeds = [record("come", "remove-blocks", seed=s, perplexity=v) for s, v in enumerate(values)]

@@ -28,8 +28,7 @@ def ranked(rows: pd.DataFrame) -> pd.DataFrame:
     """
     import pandas as pd
 
-    without = [{**r, "seeds": str(r["seed"])} for r in rows.to_dict("records") if r["status"] != "complete"]
-    frame = pd.DataFrame([*methods(rows), *without])
+    frame = pd.DataFrame([*methods(rows), *without_result(rows)])
     fixed = ["rank", "variant", "seeds", *(c for c in rows.columns if c not in UNRANKED)]
     rest = [c for c in frame.columns if c not in (*fixed, *UNRANKED)]
     frame = frame.reindex(columns=[*fixed, *rest])
@@ -48,6 +47,13 @@ def methods(rows: pd.DataFrame) -> list[Row]:
     _rank(found, quality_order(names))
     _tell_apart(found)
     return found
+
+
+def without_result(rows: pd.DataFrame) -> list[Row]:
+    """Return the cells that have no result, a row a seed; ``variant`` tells them apart from all other cells too."""
+    cells = [{**r, "variant": "", "seeds": str(r["seed"])} for r in rows.to_dict("records")]
+    _tell_apart(cells)
+    return [r for r in cells if r["status"] != "complete"]
 
 
 def measured(rows: pd.DataFrame) -> list[str]:

@@ -32,6 +32,7 @@ WORDS = (
     "source",
     "note",
 )
+METRIC: Column = ("metric", lambda r: "**dense**" if ranking.is_dense(r) else one_line(r["metric"]))
 MACHINE = ("machine", "gpu", "system")  # versions that are not of software
 
 SIZES_EXPLAINED = (
@@ -90,7 +91,7 @@ class Markdown:
             *_quality(done, names),
             *_recovery(ranking.methods(rows), names),
             *_speed(done, names),
-            *_missing(rows.to_dict("records")),
+            *_missing(ranking.without_result(rows)),
             _bullets(_explanation(names)) if done else "No cell has a result yet.",
         ]
         return "\n\n".join(s for s in sections if s) + "\n"
@@ -220,10 +221,11 @@ def _speed(done: Sequence[Row], names: Sequence[str]) -> list[str]:
     return ["## Size and speed", markdown_table(done, columns)] if done else []
 
 
-def _missing(rows: Sequence[Row]) -> list[str]:
-    left = [r for r in rows if r["status"] != "complete"]
-    names = ("metric", "strategy", "ratio", "recovery", "seed", "status", "reason")
-    columns = [(name, _words(name)) for name in names]
+def _missing(left: Sequence[Row]) -> list[str]:
+    names = ["strategy", "variant", "ratio", "recovery", "seed", "status", "reason"]
+    if not any(r["variant"] for r in left):
+        names.remove("variant")
+    columns = [METRIC, *((name, _words(name)) for name in names)]
     return ["## Without a result", markdown_table(left, columns)] if left else []
 
 
@@ -231,7 +233,7 @@ def identity(done: Sequence[Row]) -> list[Column]:
     """Return the columns that say which method a row is; those that are the same everywhere are left out."""
     columns: list[Column] = [
         ("#", lambda r: "" if ranking.is_dense(r) else f"{r['rank']:.0f}"),
-        ("metric", lambda r: "**dense**" if ranking.is_dense(r) else one_line(r["metric"])),
+        METRIC,
         ("strategy", lambda r: "" if ranking.is_dense(r) else one_line(r["strategy"])),
     ]
     columns += [(n, _words(n)) for n in ("variant", "recovery") if any(r[n] not in ("", "none") for r in done)]
