@@ -65,13 +65,11 @@ class Machine:
         """Return the compute dtype of a name; auto: bfloat16 where the device multiplies it natively, else float32."""
         import torch
 
+        from flexi_plugins.precision import native_bfloat16
+
         if name != "auto":
             return float_dtype(name, ["auto", *DTYPES])
-        if self.torch_device.type == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:  # no public query exists
-            native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if native else torch.float32
+        return torch.bfloat16 if native_bfloat16(self.torch_device.type) else torch.float32
 
     def budget(self) -> tuple[int, int, float]:
         """Return the bytes that weights, hidden states and working space may take from now on; what is taken before.

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexi_plugins.precision import products
+
 PIECE = 2**18  # elements of a temporary: 1 MiB of float32, so that what follows on it finds it in the cache
 PRODUCT = 256  # rows from which on a matrix product runs at full speed
 ROUNDING = 2.0**-46  # a float32's relative rounding error, squared
@@ -30,7 +32,8 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     bfloat16, like everything that a model of that dtype computes. float16 could overflow.
     """
     if a.dtype == b.dtype == torch.bfloat16:
-        return (a @ b).float()
+        with products(a.dtype, a.device):
+            return (a @ b).float()
     return a.float() @ b.float()
 
 

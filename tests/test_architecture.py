@@ -16,7 +16,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS: list[tuple[str, set[str]]] = [
     (
         "values and the contract",
-        {"data", "hookspecs", "errors", "numerics", "digests", "progress", "files", "_auto", ""},
+        {"data", "hookspecs", "errors", "numerics", "precision", "digests", "progress", "files", "_auto", ""},
     ),
     ("weights and models", {"budget", "checkpoint", "machine", "modeling", "rewrite"}),
     ("engine", {"execution", "calibration", "trials"}),

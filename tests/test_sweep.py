@@ -25,6 +25,7 @@ from flexi_plugins.execution.packing import pack
 from flexi_plugins.execution.readout import Batch, read_out
 from flexi_plugins.execution.schedule import Prefixes, count_blocks
 from flexi_plugins.execution.sweep import Planned, Sweeper
+from flexi_plugins.precision import products
 from flexi_plugins.rewrite import build_model, with_digests
 
 VOCABULARY = 61
@@ -91,7 +92,8 @@ def test_in_bfloat16_too():
     together = swept(Sweeper(Blocks(checkpoint, torch.bfloat16)), planned, ids, positions)
     for one, found in zip(planned, together, strict=True):
         exported = build_model(one.plan, checkpoint, one.attached, torch.bfloat16)
-        assert close(found, read(exported, ids, positions), 1e-6)
+        with products(torch.bfloat16, torch.device("cpu")):
+            assert close(found, read(exported, ids, positions), 1e-6)
 
 
 def test_the_final_logits_are_transformers_logits_to_the_bit():

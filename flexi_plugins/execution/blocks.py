@@ -22,6 +22,7 @@ from flexi_plugins.execution.branches import branching, chunks_of
 from flexi_plugins.execution.schedule import Step, plan_reads
 from flexi_plugins.execution.states import States
 from flexi_plugins.modeling import BlockSpec, build_block
+from flexi_plugins.precision import products
 from flexi_plugins.rewrite import Tensors, block_tensors, check_attached
 
 NOTHING: Tensors = {}
@@ -254,7 +255,9 @@ class Blocks:
     ) -> Tensor:
         """Return what the block at a position makes of the residual stream that enters it."""
         kind = plan.block_shape(plan.blocks[position]).attention_type
-        return self.block(plan, position, attached)(hidden, **arguments[kind])
+        block = self.block(plan, position, attached)
+        with products(self.dtype, self.device):
+            return block(hidden, **arguments[kind])
 
     def logits(self, hidden: Tensor, plan: PruningPlan | None = None, attached: Tensors = NOTHING) -> Tensor:
         """Return logits (..., vocabulary) of a plan's final residual states (..., hidden), in the compute dtype."""
@@ -262,4 +265,5 @@ class Blocks:
         normed = functional_call(self._norm, {"weight": outer["final_norm"]}, (hidden,))
         if plan is not None and plan.final_norm_gain != 1.0:
             normed = normed * plan.final_norm_gain
-        return nn.functional.linear(normed, outer.get("head", outer["embedding"]))
+        with products(self.dtype, self.device):
+            return nn.functional.linear(normed, outer.get("head", outer["embedding"]))

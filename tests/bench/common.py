@@ -26,6 +26,8 @@ def environment() -> dict[str, Any]:
     """
     import torch
 
+    from flexi_plugins.precision import native_bfloat16
+
     versions = software()
     revision, dirty = commit()
     return {
@@ -33,7 +35,7 @@ def environment() -> dict[str, Any]:
         "system": versions.pop("system"),
         "threads": torch.get_num_threads(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "native_bfloat16": bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()),
+        "native_bfloat16": native_bfloat16(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": versions,
         "commit": revision,

@@ -1,0 +1,110 @@
+"""bfloat16 where the processor has no products of it: the same numbers as by definition, in the engine and in gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import KINDS, opened, tiny, tokens
+from torch.nn import functional as F
+
+from flexi_plugins import numerics, precision
+from flexi_plugins.data import PruningPlan
+from flexi_plugins.execution.blocks import Blocks
+from flexi_plugins.execution.readout import Batch
+from flexi_plugins.execution.sweep import Planned, Sweeper
+from flexi_plugins.precision import WideProducts
+
+
+@pytest.fixture
+def narrow_processor(monkeypatch):
+    """A processor without products of bfloat16, whatever this one has."""
+    monkeypatch.setattr(precision, "native_bfloat16", lambda device="cpu": False)
+
+
+def bfloat16(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def products(a: torch.Tensor, b: torch.Tensor) -> list[torch.Tensor]:
+    return [
+        F.linear(a, b.T),
+        F.linear(a, weight=b.T),
+        a @ b,
+        a.matmul(b),
+        torch.mm(a, b),
+        torch.bmm(a[None], b[None])[0],
+    ]
+
+
+def test_products_are_those_of_float32_rounded_once():
+    a, b = bfloat16(7, 300), bfloat16(300, 5, seed=1)
+    exact = (a.double() @ b.double()).bfloat16()
+    with WideProducts():
+        found = products(a, b)
+    assert all(f.dtype == torch.bfloat16 for f in found)
+    assert all(torch.equal(f, (a.float() @ b.float()).bfloat16()) for f in found)
+    assert (found[0] == exact).float().mean() > 0.9, "what is left is the order of sums"
+
+
+def test_a_bias_is_added_before_the_rounding():
+    a, w, bias = bfloat16(7, 300), bfloat16(5, 300, seed=1), bfloat16(5, seed=2)
+    with WideProducts():
+        found = F.linear(a, w, bias)
+    assert torch.equal(found, F.linear(a.float(), w.float(), bias.float()).bfloat16())
+
+
+def test_what_is_not_a_product_of_bfloat16_is_left_alone():
+    a, b = torch.randn(7, 30), torch.randn(30, 5)
+    with WideProducts():
+        assert torch.equal(a @ b, torch.mm(a, b))
+        assert (a @ b).dtype == torch.float32
+        assert (bfloat16(3) + bfloat16(3)).dtype == torch.bfloat16
+
+
+def test_gradients_are_those_of_the_wide_product():
+    a, w = bfloat16(7, 300).requires_grad_(), bfloat16(5, 300, seed=1).requires_grad_()
+    with WideProducts():
+        F.linear(a, w).float().square().sum().backward()
+    out = F.linear(a.float(), w.float()).bfloat16()
+    dy = (2 * out.float()).bfloat16().float().detach()
+    assert a.grad.dtype == w.grad.dtype == torch.bfloat16
+    assert torch.equal(a.grad, (dy @ w.float()).bfloat16())
+    torch.testing.assert_close(w.grad, (dy.T @ a.float()).bfloat16(), rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_engine_in_wide_products_is_the_model_in_bfloat16(kind, narrow_processor):
+    """As near to float32 as transformers' own model in bfloat16 is, which the processor multiplies in its way."""
+    model, ids = tiny(kind), tokens(3, 11)
+    reads = [(row, (column,), (token,)) for row in range(3) for column in (4, 10) for token in range(61)]
+
+    def swept(dtype: torch.dtype) -> torch.Tensor:
+        checkpoint = opened(model)
+        planned = [Planned(PruningPlan.identity(checkpoint.shape))]
+        sweeper = Sweeper(Blocks(checkpoint, dtype=dtype))
+        ((_, answers),) = sweeper.sweep(planned, [Batch(ids, reads)])
+        return torch.tensor([score for score, _ in answers[0]]).view(-1, 61)
+
+    exact, wide = swept(torch.float32), swept(torch.bfloat16)
+    with torch.no_grad():
+        logits = tiny(kind).bfloat16()(ids).logits.float()[:, [4, 10]].flatten(0, 1)
+    native = logits.log_softmax(-1)
+    assert not torch.equal(exact, wide), "it was computed in bfloat16"
+    assert (exact - wide).abs().mean() < 2 * (exact - native).abs().mean()
+
+
+def test_a_block_runs_in_wide_products_only_where_the_processor_has_none(monkeypatch):
+    entered = []
+    monkeypatch.setattr(WideProducts, "__enter__", lambda self: entered.append(1))
+    monkeypatch.setattr(WideProducts, "__exit__", lambda self, *error: None)
+    cpu, narrow, wide = torch.device("cpu"), torch.bfloat16, torch.float32
+    for native, dtype, expected in ((True, narrow, 0), (False, narrow, 1), (False, wide, 0), (True, wide, 0)):
+        entered.clear()
+        monkeypatch.setattr(precision, "native_bfloat16", lambda device, native=native: native)
+        with precision.products(dtype, cpu):
+            assert len(entered) == expected
+
+
+def test_the_statistics_products_are_the_same_everywhere(narrow_processor):
+    a, b = bfloat16(7, 300), bfloat16(300, 5, seed=1)
+    assert torch.equal(numerics.product(a, b), (a.float() @ b.float()).bfloat16().float())
