@@ -39,8 +39,8 @@ def native_bfloat16(device: str = "cpu") -> bool:
 class WideProducts(TorchFunctionMode):
     """While it is entered, products of bfloat16 tensors are computed in float32 and rounded to bfloat16 once.
 
-    That is what hardware with bfloat16 products does: it adds up in float32. Gradients are computed in the same way. A new
-    object each time that it is entered.
+    That is what hardware with bfloat16 products does: it adds up in float32. Gradients are computed in the same way. Under
+    ``torch.autocast`` to bfloat16, float32 factors are rounded to it first, as it would have them.
     """
 
     def __torch_function__(
@@ -52,16 +52,24 @@ class WideProducts(TorchFunctionMode):
     ) -> Any:
         """Compute a function of torch, a product of bfloat16 tensors in float32."""
         given = kwargs or {}
-        if func not in PRODUCTS or not isinstance(args[0], Tensor) or args[0].dtype != torch.bfloat16:
+        if func not in PRODUCTS or not isinstance(args[0], Tensor) or not _is_narrow(args[0]):
             return func(*args, **given)
         wide_args, wide_given = tree_map_only(Tensor, _widened, (args, dict(given)))
-        return func(*wide_args, **wide_given).bfloat16()
+        with torch.autocast("cpu", enabled=False):
+            return func(*wide_args, **wide_given).bfloat16()
+
+
+def _is_narrow(factor: Tensor) -> bool:
+    """Whether a product of this factor is one of bfloat16: it is of that type, or is cast to it."""
+    cast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return factor.dtype == torch.bfloat16 or (cast and factor.dtype == torch.float32)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """Return a factor's values as bfloat16 has them, in float32; masks stay."""
+    return tensor.bfloat16().float() if tensor.is_floating_point() else tensor
 
 
 def products(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
     """Return the context in which to multiply tensors of a dtype on a device: ``WideProducts`` where that is faster."""
     return WideProducts() if dtype == torch.bfloat16 and not native_bfloat16(device.type) else nullcontext()
-
-
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor

@@ -51,6 +51,7 @@ class Study:
         self.machine = machine or Machine()
         self.progress = progress or Progress(quiet=True)
         self.store, self.journal = Store(folder), Journal(folder)
+        self.code = commit()  # of what is running, whatever becomes of the checkout meanwhile
 
     def run(self) -> list[Record]:
         """Run every cell that has no complete record; return the records of all cells of the study."""
@@ -285,7 +286,7 @@ class Study:
     # -- records
 
     def _write(self, work: Work, status: Status, reason: str = "") -> None:
-        revision, dirty = commit()
+        revision, dirty = self.code
         record = Record(
             cell=work.cell,
             status=status,

@@ -46,6 +46,25 @@ def test_products_are_those_of_float32_rounded_once():
     assert (found[0] == exact).float().mean() > 0.9, "what is left is the order of sums"
 
 
+def test_autocast_is_to_bfloat16_as_ever():
+    a, w = torch.randn(7, 300).requires_grad_(), torch.randn(5, 300).requires_grad_()
+    q = torch.randn(2, 3, 8, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        native = F.linear(a, w), F.scaled_dot_product_attention(q, q, q, is_causal=True), a.softmax(-1)
+        with WideProducts():
+            found = F.linear(a, w), F.scaled_dot_product_attention(q, q, q, is_causal=True), a.softmax(-1)
+    assert [f.dtype for f in found] == [n.dtype for n in native]
+    for one, other in zip(found, native, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.02)
+    assert torch.equal(found[0], F.linear(a.bfloat16().float(), w.bfloat16().float()).bfloat16())
+    grads = [torch.autograd.grad(f[0].float().square().sum(), [a, w]) for f in (found, native)]
+    for one, other in zip(*grads, strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.3)
+    with torch.autocast("cpu", torch.bfloat16), WideProducts():
+        assert torch.mm(a.double(), w.double().T).dtype == torch.float64
+
+
 def test_a_bias_is_added_before_the_rounding():
     a, w, bias = bfloat16(7, 300), bfloat16(5, 300, seed=1), bfloat16(5, seed=2)
     with WideProducts():

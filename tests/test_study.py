@@ -804,3 +804,12 @@ def test_reports_leave_out_records_that_are_not_the_studys_any_more(small: Small
     assert Store(small.folder).records() == sorted(now, key=lambda r: r.cell.label)
     publish(Plugins.load(), small.folder, small.folder.with_name("published"))
     assert len(Store(small.folder.with_name("published")).records()) == 2
+
+
+def test_records_name_the_code_that_ran(model: Path, text: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """A checkout that changes while a study runs does not change what is running."""
+    revisions = iter([("a" * 40, False), ("b" * 40, True)])
+    monkeypatch.setattr("flexi_plugins.study.commit", lambda: next(revisions))
+    file = make_study(tmp_path / "s.toml", model, text, ["flexigpt"], ["remove-blocks"], "[0.3]")
+    records = run_study(file, tmp_path / "run")
+    assert {(r.commit, r.dirty) for r in records} == {("a" * 40, False)}

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from flexi_plugins.data import digest
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.hookspecs import IGNORED, RecoveryRequest
+from flexi_plugins.machine import float_dtype
 from flexi_plugins.recovery.copies import trainable
 from flexi_plugins.recovery.monitor import Loss, Monitor, Trained
 from flexi_plugins.recovery.options import Steps, TrainingOptions, unfit
@@ -79,11 +80,16 @@ def train(
     the request's that a digest of the call names, so that those of other calls are not taken. Where the loss is not
     finite, or diverges, training stops and the last good state is restored, or the best one (``keep``); notes say so.
     """
+    import torch
+
+    from flexi_plugins.precision import products
+
     _check(request, model, options, who)
     length = request.text.ids.shape[1]
     steps = Steps.of(request.tokens, length, options, int(os.environ.get("WORLD_SIZE", "1")))
     folder = request.folder / f"{who}-{_call(request, model, options, steps)}"
-    with seeded(request.seed, request.device), quiet():
+    multiplied = products(float_dtype(request.dtype), torch.device(request.device))
+    with seeded(request.seed, request.device), quiet(), multiplied:
         monitor = Monitor(request, options, who, steps, loss, measure)
         trainer = trainer_for(model, monitor, folder)
         if trainer.args.should_save and not (folder / START).is_file():
