@@ -429,6 +429,10 @@ def list_plugins(as_json: Json = False) -> None:
         for kind, entries in found.items()
         for name, entry in entries.items()
     ]
+    described += [
+        {"kind": "family", "name": name, "paper": "", "distribution": distribution, "version": number, "options": {}}
+        for name, (distribution, number) in plugins.families().items()
+    ]
     refused = [{"metric": m, "strategy": s, "reason": r} for m, s, r in pairs if r]
     if as_json:
         print_json({"plugins": described, "incompatible": refused, "problems": list(plugins.problems)})

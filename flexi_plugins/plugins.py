@@ -230,6 +230,11 @@ class Plugins:
         entry = entries[name]
         return dataclasses.replace(entry, object=with_options(kind, entry.object, options or {}))
 
+    def families(self) -> dict[str, tuple[str, str]]:
+        """Return the plugins that know model families, by the last part of their name: distribution and version."""
+        known = self.manager.hook.model_family.get_hookimpls()
+        return {i.plugin_name.rpartition(".")[2]: self._distribution(i.plugin_name) for i in known}
+
     def family(self, config: Any) -> Family:
         """Return the family of a transformers configuration."""
         family = self.manager.hook.model_family(config=config)

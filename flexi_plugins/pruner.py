@@ -218,8 +218,18 @@ class Pruner:
             if not replacement.progressive or replacement.finished(planned.plan, budget):
                 break
         self.calibrator.forget([self._original.plan])
-        made_by = {**origin(chosen, replacement, ratio), "steps": steps, **planned.plan.origin}
+        made_by = {
+            **origin(chosen, replacement, ratio),
+            "calibration": self._calibrated_on,
+            "steps": steps,
+            **planned.plan.origin,
+        }
         return replace(planned, plan=replace(planned.plan, origin=made_by))
+
+    @property
+    def _calibrated_on(self) -> dict[str, Any]:
+        """What a plan says of the text that it was made by."""
+        return {**asdict(self.calibration), "seed": self.seed, "text": self.texts[2][:16]}
 
     def attach(self, plan: PruningPlan) -> Planned:
         """Make the new tensors of a plan, where it has any: by the strategy that its origin names."""
@@ -333,6 +343,7 @@ class Pruner:
         reason = refusal(chosen, planned.plan, made_by[1] if made_by else None)
         if reason:
             raise FlexiError(reason)
+        self._warn_of_another_calibration(planned.plan, setting)
         if chosen.interleaved:
             assert made_by is not None
             trained, courses = self._trained_stepwise(planned.plan, *made_by, chosen, setting, Path(folder))
@@ -341,6 +352,16 @@ class Pruner:
             trained, course = self._trained(planned, chosen, text, held_out, setting.tokens, Path(folder))
             courses = [course]
         return self._with_history(trained, chosen, setting, courses)
+
+    def _warn_of_another_calibration(self, plan: PruningPlan, setting: Training) -> None:
+        """Say where windows that a plan was fitted to may decide which state is kept: only this pruner's own are known."""
+        found = plan.origin.get("calibration")
+        if found and found["corpus"] == setting.corpus and found != self._calibrated_on:
+            self.progress.say(
+                f"training: the plan was calibrated on {found['windows']} windows of {found['length']} tokens of "
+                f"{found['corpus']} (seed {found['seed']}), so that windows which decide what state is kept may be among them; "
+                "with --corpus and --seed as for the plan they are not"
+            )
 
     def _trained_stepwise(
         self,

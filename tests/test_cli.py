@@ -26,13 +26,13 @@ from safetensors.torch import load_file, save_file
 from studies import make_model, make_study
 from transformers import AutoModelForCausalLM
 
-from flexi_plugins import cli
+from flexi_plugins import cli, hookspecs
 from flexi_plugins.calibration import Calibrator
 from flexi_plugins.data import PruningPlan
 from flexi_plugins.digests import tensor_digest
 from flexi_plugins.families.known import KNOWN
 from flexi_plugins.models import known_config
-from flexi_plugins.plugins import Plugins, own_knob
+from flexi_plugins.plugins import KINDS, Plugins, own_knob
 from flexi_plugins.progress import Progress
 from flexi_plugins.pruner import Pruner, count_only, plan_rows
 from flexi_plugins.store import from_text
@@ -672,6 +672,18 @@ def test_list_shows_every_plugin(flexi: Flexi) -> None:
         "SAAP, arXiv 2412.15127",
     }
     assert listed["problems"] == []
+
+
+def test_list_has_what_every_hook_gives(flexi: Flexi) -> None:
+    listed, said = flexi("list", "--json").json["plugins"], flexi("list").out
+    plugins = Plugins.load()
+    known = {(kind, name) for kind in KINDS for name in plugins.entries(kind)} | {("family", "llama")}
+    assert {(p["kind"], p["name"]) for p in listed} == known
+    hooks = {n for n, v in vars(hookspecs).items() if hasattr(v, f"{hookspecs.PROJECT}_spec")}
+    assert hooks == {*KINDS.values(), "model_family"}
+    for plugin in listed:
+        assert re.search(rf"(?<![\w-]){re.escape(plugin['name'])}(?![\w-])", said), plugin
+        assert plugin["version"] == version("flexi-plugins")
 
 
 def test_list_says_which_pairs_cannot_work_and_why(flexi: Flexi) -> None:

@@ -288,6 +288,26 @@ def test_it_is_said_where_only_windows_of_calibration_are_left_to_choose_by(
     assert said[0].startswith("training: 2 of 5 windows that decide which state is kept are windows of calibration")
 
 
+def test_it_is_said_where_a_plan_was_calibrated_on_other_windows_of_the_text(
+    own: TinyPruner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether these windows choose a state is not known: the plan says which text, not which windows."""
+    setting, said = Training(length=16, tokens=64, held_out=2), []
+    plan = own.plan("flexigpt", "remove-blocks", 0.2)
+    assert plan.origin["calibration"].items() >= {"corpus": "python-docs", "seed": 0, "windows": 16}.items()
+    monkeypatch.setattr(own.progress, "say", said.append)
+    own.recover(plan, "nudge", setting, tmp_path / "a")
+    assert said == []
+    own.seed = 1
+    own.recover(plan, "nudge", setting, tmp_path / "b")
+    assert said[0].startswith("training: the plan was calibrated on 16 windows of 256 tokens of python-docs (seed 0)")
+    said.clear()
+    elsewhere = replace(plan, origin={**plan.origin, "calibration": {**plan.origin["calibration"], "corpus": "c4"}})
+    own.recover(elsewhere, "nudge", setting, tmp_path / "c")
+    own.recover(replace(plan, origin={}), "nudge", setting, tmp_path / "d")
+    assert said == []
+
+
 @pytest.mark.parametrize(("name", "least"), [("length", 2), ("tokens", 0), ("held_out", 1)])
 def test_numbers_that_no_text_has_are_refused(name: str, least: int) -> None:
     with pytest.raises(FlexiError, match=rf"training: {name} = {least - 1}, expected {least} or more"):

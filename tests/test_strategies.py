@@ -110,6 +110,15 @@ def test_each_block_is_merged_once_unless_repeat(influence):
     assert first.compose(again).blocks[1].norm_weights == ((1, 0.5), (2, 0.25), (3, 0.25))
 
 
+def test_blocks_whose_query_heads_are_tiled_cannot_be_merged_again() -> None:
+    """It is refused in front of the first merge; without groups tiling changes nothing, and all is well."""
+    strategy = ConcatMerge(heads="tiled", repeat=True)
+    with pytest.raises(FlexiError, match=r"concat-merge: heads = 'tiled' .* set repeat = false, or heads = 'grouped'"):
+        strategy.plan(request_of(shape_of()))
+    alone = ModelShape((BlockShape(4, 4, 8, 24),) * 8, hidden=32, vocabulary=61, tied=False)
+    assert len(strategy.plan(request_of(alone)).blocks) == 7
+
+
 def test_a_block_that_another_was_dropped_for_is_merged_already():
     shape, strategy = shape_of(), ConcatMerge(merge="drop")
     first = strategy.plan(request_of(shape, angles=[0, 5, 5, 1, 5, 5, 5, 5], influence=[1.0, 1, 1, 2, 1, 1, 1, 1]))

@@ -31,7 +31,8 @@ class ConcatMerge:
     """Merge two neighbouring blocks into one of their width, step by step, with fresh statistics."""
 
     # Pair choice: CoMe's angle; the lowest sum of the metric's block scores; the loss without both blocks (as SLEB
-    # would); always the last pair (as MKA does).
+    # would); always the last pair (as MKA does; the released option of this name ends up at the first, by the argmin of
+    # weights that are all zero but the last).
     pairs: Literal["own", "score", "sleb", "mka"] = "own"
     # Width shares: CoMe's block influence; the metric's block scores; CoMe-P's search.
     ratio: Literal["own", "score", "search"] = "own"
@@ -78,6 +79,11 @@ class ConcatMerge:
 
     def plan(self, request: PruningRequest) -> PruningPlan:
         """Merge one pair of the current model."""
+        if self.repeat and self.heads == "tiled" and any(b.group > 1 for b in request.shape.blocks):
+            raise FlexiError(
+                f"{self.name}: heads = 'tiled' gives query heads other KV heads than theirs, and such a block cannot be merged "
+                "again (repeat = true); set repeat = false, or heads = 'grouped'"
+            )
         if self.merges is None:
             check_reach(self.name, request.budget, self.reach(request.plan.shape))
         elif not 0 < self.merges <= self._most(request.plan.shape):

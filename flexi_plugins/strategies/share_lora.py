@@ -47,9 +47,9 @@ class ShareLora:
 
     blocks: int | None = None  # how many to replace, in the place of a ratio
     rank: int | None = None  # adapter rank; default hidden / 16, the paper's 256 at 4096
-    output_gain: float | Literal["calibrated"] = (
-        0.01  # start of gamma; calibrated: of GAINS the one with the lowest loss
-    )
+    # Start of gamma; calibrated: of GAINS the one with the lowest loss. The default is the largest at which SmolLM2-135M
+    # starts no worse than without the blocks (baselines/recipes/share-lora-start.toml).
+    output_gain: float | Literal["calibrated"] = 0.003
     donor: DonorDistance = "reconstruction"
     adapters: Literal["svd", "zero"] = "svd"  # how they start: at the SVD of the difference, or at a zero product
     output_norm: bool = True  # whether both sub-layers' outputs are normalised; without, there is no gain
