@@ -72,4 +72,9 @@ def _widened(tensor: Tensor) -> Tensor:
 
 def products(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
     """Return the context in which to multiply tensors of a dtype on a device: ``WideProducts`` where that is faster."""
-    return WideProducts() if dtype == torch.bfloat16 and not native_bfloat16(device.type) else nullcontext()
+    return WideProducts() if widens(dtype, device) else nullcontext()
+
+
+def widens(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products of a dtype on a device are computed in float32, and so take memory for factors in float32."""
+    return dtype == torch.bfloat16 and not native_bfloat16(device.type)

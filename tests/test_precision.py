@@ -9,8 +9,10 @@ from torch.nn import functional as F
 
 from flexi_plugins import numerics, precision
 from flexi_plugins.data import PruningPlan
+from flexi_plugins.execution import layout
 from flexi_plugins.execution.blocks import Blocks
 from flexi_plugins.execution.readout import Batch
+from flexi_plugins.execution.schedule import Prefixes, build_trie
 from flexi_plugins.execution.sweep import Planned, Sweeper
 from flexi_plugins.precision import WideProducts
 
@@ -122,6 +124,23 @@ def test_a_block_runs_in_wide_products_only_where_the_processor_has_none(monkeyp
         monkeypatch.setattr(precision, "native_bfloat16", lambda device, native=native: native)
         with precision.products(dtype, cpu):
             assert len(entered) == expected
+
+
+@pytest.mark.parametrize(("native", "training", "copies"), [(True, False, 0), (False, False, 1), (False, True, 1)])
+def test_the_memory_for_factors_in_float32_is_counted(monkeypatch, native: bool, training: bool, copies: int):
+    """A tiny model's head is larger than a map, and than all maps of a block."""
+    monkeypatch.setattr(precision, "native_bfloat16", lambda device="cpu": native)
+    checkpoint = opened(tiny("llama", vocab_size=1000))
+    plan = PruningPlan.identity(checkpoint.shape)
+    nodes = build_trie([plan], Prefixes())
+    found = layout._widened_bytes(Blocks(checkpoint, torch.bfloat16), [plan], nodes, training)
+    assert found == copies * 4 * 1000 * 32
+    assert layout._widened_bytes(Blocks(checkpoint, torch.float32), [plan], nodes, training) == 0
+    small = opened(tiny("llama", vocab_size=2))
+    shape = small.shape.maps(small.shape.blocks[0])
+    sizes = [rows * columns for rows, columns in shape.values()]
+    found = layout._widened_bytes(Blocks(small, torch.bfloat16), [PruningPlan.identity(small.shape)], nodes, training)
+    assert found == copies * 4 * (sum(sizes) if training else max(sizes))
 
 
 def test_the_statistics_products_are_the_same_everywhere(narrow_processor):

@@ -7,11 +7,14 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
+
 from flexi_plugins.data import PruningPlan
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.execution.blocks import Blocks
 from flexi_plugins.execution.readout import HEAD_ROWS
 from flexi_plugins.execution.schedule import Node, most_alive, plan_reads
+from flexi_plugins.precision import widens
 
 GROUP_TOKENS = 16384  # a group has as many before its states are spilled: reading 2 bytes costs some 500 multiply-adds
 OBSERVERS = 256 * 2**20  # bytes that statistics may take for what they form of a batch
@@ -81,6 +84,7 @@ def lay_out(
     donors = ((plan, plan.donor(position)) for plan, position in places)  # built beside the blocks that run with them
     lent = max((blocks.copied_bytes(plan, donor) for plan, donor in donors if donor is not None), default=0)
     work = max(_working_bytes(blocks, plans, nodes, shape, observed) * (1 + training) for shape in shapes)
+    work += _widened_bytes(blocks, plans, nodes, training)
     free = blocks.memory - blocks.outer_bytes - work - max(copies.values()) - lent
     largest, alive = max(states), most_alive(nodes)
     visit = max(_bytes(blocks, [n]) for n in needs)
@@ -142,4 +146,24 @@ def _working_bytes(
     inside = rows * tokens * (8 * model.hidden + 4 * channels + 12 * heads) + 2 * rows * tokens * tokens
     head = min(HEAD_ROWS, rows * tokens) * model.vocabulary * 12
     statistics = min(OBSERVERS, rows * tokens * channels * 16) if observed else 0
-    return max(inside * blocks.dtype.itemsize + statistics, head)
+    width = torch.float32.itemsize if widens(blocks.dtype, blocks.device) else blocks.dtype.itemsize
+    return max(inside * width + statistics, head)
+
+
+def _widened_bytes(blocks: Blocks, plans: Sequence[PruningPlan], nodes: Sequence[Node], training: bool) -> int:
+    """Return what copies of weights in float32 take, where products are computed in it.
+
+    They are those of the head, or of the largest map of a block; gradients need those of all its maps.
+    """
+    if not widens(blocks.dtype, blocks.device):
+        return 0
+    shape = blocks.checkpoint.shape
+    maps = [
+        [
+            rows * columns
+            for rows, columns in shape.maps(plans[n.owner].block_shape(plans[n.owner].blocks[n.position])).values()
+        ]
+        for n in nodes
+    ]
+    inside = max(sum(sizes) if training else max(sizes, default=0) for sizes in maps)
+    return torch.float32.itemsize * max(inside, shape.vocabulary * shape.hidden)

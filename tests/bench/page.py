@@ -82,6 +82,15 @@ def rounding(found: Figures) -> str:
     )
 
 
+def bfloat16(found: Figures) -> str:
+    """Return what bfloat16 costs on this processor."""
+    return (
+        f"{table(found['rows'])}\n\nA sweep of {found['model']} over {found['tokens']} tokens, the head on each; median of "
+        f"{found['rounds']} rounds, ratios round by round. Where a processor multiplies bfloat16 itself, the engine takes "
+        "torch's products, else wide ones."
+    )
+
+
 def distillation(found: Figures) -> str:
     """Return what it takes to distil one merged block of a LLaMA-7B of random weights."""
     peak, most = found["peak_gib"], found["most_gib"]
@@ -103,6 +112,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Figures], str]]] = {
     "speculation": ("Self-speculative decoding of a FlexiGPT model", "bench-speculation", speculation),
     "training": ("The lora recovery, beside transformers and peft alone", "bench-training", training),
     "rounding": ("What of a training arrives in bfloat16", "bench-rounding", rounding),
+    "bfloat16": ("bfloat16 with and without products of it", "bench-bfloat16", bfloat16),
     "distill_7b": ("One merged block of LLaMA-7B's shapes, distilled", "bench-distill-7b", distillation),
     "verify-engine": (
         "The same answers as stock lm-eval",
