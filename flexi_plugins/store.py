@@ -383,7 +383,10 @@ def _curve(record: Record) -> dict[str, Any] | None:
 
 
 def environment(gpu: str = "") -> dict[str, str]:
-    """Return what results depend on beside the code: versions of Python and libraries, system, machine, the GPU if any."""
+    """Return what results depend on beside the code: versions of Python and libraries, system, machine, the GPU if any.
+
+    The machine is its processor, with the instruction set that torch uses and whether it multiplies bfloat16, cores, memory.
+    """
     found = {"python": platform.python_version()}
     for name in DISTRIBUTIONS:
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -394,9 +397,13 @@ def environment(gpu: str = "") -> dict[str, str]:
 
 def _machine() -> str:
     import psutil
+    import torch
+
+    from flexi_plugins.precision import native_bfloat16
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{_processor()}, {cores} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"
+    products = f"{torch.backends.cpu.get_cpu_capability()}, {'bfloat16' if native_bfloat16() else 'no bfloat16'}"
+    return f"{_processor()} ({products}), {cores} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"
 
 
 def _processor() -> str:

@@ -30,7 +30,17 @@ LAYERS: list[tuple[str, set[str]]] = [
     ("command line", {"show", "cli"}),
 ]
 UPWARD = {("_auto", "modeling")}  # transformers' Auto classes load our model class when they are loaded themselves
-PUBLIC = {"", "data", "hookspecs", "budget", "errors", "files", "numerics", "testing"}  # what a third party may import
+PUBLIC = {
+    "",
+    "data",
+    "hookspecs",
+    "budget",
+    "errors",
+    "files",
+    "numerics",
+    "precision",
+    "testing",
+}  # what a third party may import
 METHODS = {"metrics", "strategies", "recovery"}
 HEAVY = {
     "torch",

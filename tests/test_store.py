@@ -20,6 +20,7 @@ from flexi_plugins import store
 from flexi_plugins.data import BlockShape, Cell, Measurement, ModelShape, PluginVersion, PruningPlan, Record
 from flexi_plugins.digests import tensor_digest
 from flexi_plugins.errors import FlexiError
+from flexi_plugins.precision import native_bfloat16
 from flexi_plugins.store import Journal, Store
 
 SHAPE = ModelShape((BlockShape(2, 1, 4, 16),) * 4, hidden=8, vocabulary=32, tied=True)
@@ -372,6 +373,8 @@ def test_the_environment_names_versions_and_machine():
     found = store.environment()
     assert found["torch"] == torch.__version__
     assert {"python", "transformers", "lm_eval", "flexi-plugins", "system"} <= found.keys()
+    products = "bfloat16" if native_bfloat16() else "no bfloat16"
+    assert f"({torch.backends.cpu.get_cpu_capability()}, {products}), " in found["machine"]
     assert "cores" in found["machine"]
     assert all(isinstance(v, str) for v in found.values())
     assert "gpu" not in found

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING
 from flexi_plugins.data import digest
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.hookspecs import IGNORED, RecoveryRequest
-from flexi_plugins.machine import float_dtype
 from flexi_plugins.recovery.copies import trainable
 from flexi_plugins.recovery.monitor import Loss, Monitor, Trained
 from flexi_plugins.recovery.options import Steps, TrainingOptions, unfit
@@ -88,7 +87,7 @@ def train(
     length = request.text.ids.shape[1]
     steps = Steps.of(request.tokens, length, options, int(os.environ.get("WORLD_SIZE", "1")))
     folder = request.folder / f"{who}-{_call(request, model, options, steps)}"
-    multiplied = products(float_dtype(request.dtype), torch.device(request.device))
+    multiplied = products(getattr(torch, request.dtype), torch.device(request.device))
     with seeded(request.seed, request.device), quiet(), multiplied:
         monitor = Monitor(request, options, who, steps, loss, measure)
         trainer = trainer_for(model, monitor, folder)
