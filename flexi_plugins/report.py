@@ -99,7 +99,7 @@ def write_published(
         )
     published, frame = read_published(file), rows(records)
     papers = {(kind, n): e.object.paper for kind in ("metric", "strategy") for n, e in plugins.entries(kind).items()}
-    pairs = side_by_side(frame, published, papers, title)
+    pairs = side_by_side(frame, published, papers)
     path = folder / "PUBLISHED.md"
     write_text(path, render(frame, published, pairs, title))
     return path, pairs

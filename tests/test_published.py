@@ -24,7 +24,7 @@ from flexi_plugins.strategies.remove_units import RemoveUnits
 from flexi_plugins.strategies.share_lora import ShareLora
 
 TABLE = Path(__file__).parents[1] / "baselines" / "published.csv"
-COLUMNS = ["model", "method", "ratio", "recovery", "task", "value", "metric", "source", "note"]
+COLUMNS = ["model", "method", "ratio", "recovery", "task", "value", "metric", "source", "note", "counterpart"]
 SEVEN = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 FIVE = ("arc_easy", "arc_challenge", "piqa", "winogrande", "hellaswag")
 NINE = ("arc_challenge", "arc_easy", "boolq", "copa", "hellaswag", "piqa", "race", "winogrande", "wsc273")
@@ -86,7 +86,8 @@ def test_every_line_has_its_columns_and_finite_numbers():
     assert len(rows) > 1200
     for line in lines():
         assert all(line[c] == line[c].strip() for c in COLUMNS)
-        assert all(line[c] for c in COLUMNS if c != "note"), line
+        assert all(line[c] for c in COLUMNS if c not in ("note", "counterpart")), line
+        assert line["counterpart"] or line["method"] == "dense"
         assert 0 <= float(line["ratio"]) < 1
         assert math.isfinite(float(line["value"]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,9 @@ def dense() -> Record:
     return record(None, None, 0.0, kept=40)
 
 
-def paired(lines: list[Published], *records: Record, study: str = "a-study") -> list[tuple[str, str, float, float]]:
+def paired(lines: list[Published], *records: Record) -> list[tuple[str, str, float, float]]:
     """Return (published method, our method, published, ours) of every pair."""
-    pairs = side_by_side(store.rows([dense(), *records]), lines, PAPERS, study)
+    pairs = side_by_side(store.rows([dense(), *records]), lines, PAPERS)
     return [(p["method"], f"{p['our_metric']} x {p['our_strategy']}", p["published"], p["ours"]) for p in pairs]
 
 
@@ -82,12 +83,20 @@ def test_beside_a_variant_stand_the_options_of_ours() -> None:
     assert "| llm-pruner x remove-units |" in text
 
 
-def test_a_study_is_the_method_that_it_is_named_after() -> None:
-    line = replace(LINE, method="Taylor+")
-    assert paired([line], record("taylor", "remove-blocks"), study="taylor-plus") == [
-        ("Taylor+", "taylor x remove-blocks", 9.5, 12.5)
+def test_a_line_that_names_its_counterpart_has_no_other_beside_it() -> None:
+    """A variant is a metric, a strategy and options; what is not implemented has nothing beside it."""
+    told = {"compensate": True, "blocks": 7}
+    ours = [
+        record("taylor", "remove-blocks", options=json.dumps({"metric": {"plus": plus}, "strategy": {**told, **more}}))
+        for plus, more in ((True, {}), (False, {}), (True, {"compensate": False}))
     ]
-    assert paired([replace(LINE, method="Prune&Comp")], record("come", "remove-blocks"), study="prune-and-comp")
+    line = replace(LINE, method="Prune&Comp (Taylor+)")
+    counterpart = "taylor x remove-blocks, plus=true, compensate=true"
+    [pair] = side_by_side(store.rows([dense(), *ours]), [replace(line, counterpart=counterpart)], PAPERS)
+    assert (pair["options"]["metric.plus"], pair["options"]["strategy.compensate"]) == ("true", "true")
+    for other in ("-", "come x remove-blocks", "taylor x remove-units", counterpart + ", multiple=8"):
+        assert paired([replace(line, counterpart=other)], *ours) == []
+    assert paired([replace(LINE, method="Taylor (Taylor+)", counterpart="-")], *ours) == []
 
 
 def test_only_the_same_model_ratio_recovery_and_task_stand_side_by_side() -> None:
@@ -146,7 +155,7 @@ def test_failed_cells_and_tasks_that_were_not_run_have_no_line() -> None:
 
 def page(lines: list[Published], *records: Record) -> str:
     rows = store.rows([dense(), *records])
-    return render(rows, lines, side_by_side(rows, lines, PAPERS, "a-study"), "a-study")
+    return render(rows, lines, side_by_side(rows, lines, PAPERS), "a-study")
 
 
 def test_the_page_has_both_numbers_in_one_line_in_the_order_of_the_file_and_no_rank() -> None:
@@ -191,8 +200,9 @@ HEADER = ",".join(COLUMNS)
 
 def test_a_file_is_read_with_quotes_and_empty_notes(tmp_path: Path) -> None:
     file = tmp_path / "published.csv"
-    file.write_text(f'{HEADER}\nLlama-2-7B,CoMe,0.2,none,wikitext2,9.5,ppl@2048,"CoMe, table 2",\n')
-    assert read_published(file) == [LINE]
+    for header in (HEADER, HEADER.removesuffix(",counterpart")):
+        file.write_text(f'{header}\nLlama-2-7B,CoMe,0.2,none,wikitext2,9.5,ppl@2048,"CoMe, table 2",\n')
+        assert read_published(file) == [LINE]
 
 
 @pytest.mark.parametrize(
@@ -203,6 +213,10 @@ def test_a_file_is_read_with_quotes_and_empty_notes(tmp_path: Path) -> None:
         (f"{HEADER}\nm,a,0.2,none,piqa,,acc,s,\n", "line 2: expected something as value, found nothing"),
         (f"{HEADER}\nm,a,20,none,piqa,70,acc,s,\n", r"line 2: expected a ratio in \[0, 1\)"),
         (f"{HEADER}\nm,,0.2,none,piqa,70,acc,s,\n", "line 2: expected something as method, found nothing"),
+        (
+            f"{HEADER}\nm,a,0.2,none,piqa,70,acc,s,,taylor\n",
+            "line 2: expected as counterpart METRIC x STRATEGY, .* 'taylor'",
+        ),
         ("", "found no model, method"),
     ],
 )

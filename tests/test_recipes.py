@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -12,13 +14,15 @@ import pytest
 from flexi_baselines import wanda_sp
 from tiny import family_of
 
+from flexi_plugins import store
 from flexi_plugins.budget import check_reach
-from flexi_plugins.data import ModelShape, PruningPlan
+from flexi_plugins.data import Cell, Measurement, ModelShape, PruningPlan, Record
 from flexi_plugins.evaluators import harness
 from flexi_plugins.hookspecs import Budget
 from flexi_plugins.models import known_config
-from flexi_plugins.plugins import Plugins, incompatible, own_knob
+from flexi_plugins.plugins import Plugins, incompatible, options_json, own_knob
 from flexi_plugins.pruner import count_only, refusal
+from flexi_plugins.reports.published import read_published, side_by_side
 from flexi_plugins.studyfile import StudyFile, read_study
 
 FOLDER = Path(__file__).parents[1] / "baselines"
@@ -63,9 +67,9 @@ def shape_of(study: StudyFile) -> ModelShape:
 def plans(name: str, plugins: Plugins) -> list[PruningPlan]:
     """Return what every strategy of a study plans at each of its ratios, from shapes alone."""
     study, made = study_of(name, plugins), []
-    for method in study.strategies:
+    for method, ratios in {s: r for _, s, r in study.combinations}.items():
         strategy = plugins.get("strategy", method.name, method.options)
-        for ratio in (0.0,) if own_knob(strategy) else method.ratios or study.ratios:
+        for ratio in (0.0,) if own_knob(strategy) else ratios:
             made.append(count_only(shape_of(study), strategy, ratio))
     return made
 
@@ -167,3 +171,42 @@ def test_llm_pruners_protocol_is_seven_tasks_and_windows_of_128_tokens(name: str
     measures = study_of(name, plugins).evaluation
     assert [set(m.options["tasks"]) for m in measures if m.evaluator == "lm-eval"] == [SEVEN]
     assert {m.options["window"] for m in measures if m.evaluator == "perplexity"} == {128}
+
+
+PUBLISHED_RECIPES = {  # recipe -> methods of the published table that have a pair in it
+    "flap": {"FLAP"},
+    "flexigpt": {"FlexiGPT", "ShortGPT", "ShortGPT (CosSim(BI))"},
+    "llm-pruner": {
+        *(f"LLM-Pruner {form}" for form in ("Element1", "Element2", "Parameter1+2", "Vector", "block")),
+        "LLM-Pruner",  # as FLAP has it, whose form is not said
+    },
+    "llm-pruner-vicuna": {"LLM-Pruner Element1", "LLM-Pruner Element2", "LLM-Pruner Vector"},
+    "llm-streamline": {"LLM-Streamline (CosSim(CL))"},
+    "prune-and-comp": {
+        *(f"Prune&Comp ({m})" for m in ("CosSim(BI)", "PPL", "Taylor+", "Mag+")),
+        "ShortGPT (CosSim(BI))",
+        "SLEB (PPL)",
+        "Taylor (Taylor+)",
+        "Magnitude (Mag+)",
+    },
+    "wanda-sp": {"Wanda-sp"},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_RECIPES)
+def test_a_recipe_has_its_own_published_numbers_beside_it_and_no_others(name: str, plugins: Plugins) -> None:
+    study, lines = study_of(name, plugins), read_published(FOLDER / "published.csv")
+    own = [line for line in lines if line.model == study.model and line.recovery == "none" and line.ratio]
+    measurements = tuple(Measurement(f"{t}_{m}", 1.0, False) for t, m in {(x.task, x.metric) for x in own})
+    records = []
+    for metric, method, ratios in study.combinations:
+        scored = plugins.entry("metric", metric.name, metric.options)
+        strategy = plugins.entry("strategy", method.name, method.options)
+        options = {"metric": options_json(scored.object), "strategy": options_json(strategy.object)}
+        for ratio in (0.0,) if own_knob(strategy.object) else ratios:
+            plan = count_only(shape_of(study), strategy.object, ratio)
+            cell = Cell(study.model, "f" * 64, "c" * 64, metric.name, method.name, ratio, "none", 0, "", ())
+            cell = replace(cell, options=json.dumps(options), plugins=(scored.provenance, strategy.provenance))
+            records.append(Record(cell, "complete", measurements=measurements, plan=plan))
+    pairs = side_by_side(store.rows(records), own, {})
+    assert {pair["method"] for pair in pairs} == PUBLISHED_RECIPES[name]

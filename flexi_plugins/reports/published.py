@@ -25,9 +25,9 @@ DENSE = ("dense", "original", "unpruned")
 EXPLAINED = """\
 - Published: as the source prints it, from the authors' own run: other software, calibration text and samples. It is not
   ranked with ours, and lines are in the order of the file.
-- Ours: the records of this study. A record is taken for a method if the study has its name, else if the metric and the
-  strategy (or a strategy that goes without scores) are of its paper, else if the metric alone is. Beside a name with a
-  variant, such as LLM-Pruner Element1, stand all our records of the method with their options: compare those first.
+- Ours: the records of this study by the metric, the strategy and the options that the file names as the counterpart of a line
+  (`-`: there is none). Where it names nothing, by metric and strategy (or a strategy that goes without scores) of the method's
+  paper, else by its metric alone: then compare the options first.
 - Ratios are as published; the true ratio is the share of our model's stored parameters that is gone. Accuracies are in
   percent."""
 
@@ -37,6 +37,7 @@ class Published:
     """A line of published numbers. ratio: share of the parameters, 0 for the dense model; accuracies are in percent.
 
     task and metric: as in our measurements (wikitext2, ppl@2048; piqa, acc), a perplexity without window means any.
+    counterpart: what of ours it is compared with, as ``METRIC x STRATEGY, option=value, ...``; "-": nothing; "": by name.
     """
 
     model: str
@@ -48,9 +49,12 @@ class Published:
     metric: str
     source: str
     note: str
+    counterpart: str = ""
 
 
 COLUMNS = tuple(field.name for field in fields(Published))
+OPTIONAL = ("recovery", "note", "counterpart")
+COUNTERPART = re.compile(r"-|[\w-]+ x [\w-]+(, \w+=[^,]+)*")
 
 
 def read_published(path: Path) -> list[Published]:
@@ -58,7 +62,7 @@ def read_published(path: Path) -> list[Published]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
-            missing = [c for c in COLUMNS if c not in (reader.fieldnames or ())]
+            missing = [c for c in COLUMNS if c not in (reader.fieldnames or ()) and c != "counterpart"]
             if missing:
                 raise FlexiError(f"{path}: expected the columns {', '.join(COLUMNS)}, found no {', '.join(missing)}")
             return [_published(f"{path}, line {reader.line_num}", row) for row in reader]
@@ -67,10 +71,14 @@ def read_published(path: Path) -> list[Published]:
 
 
 def _published(where: str, row: Mapping[str, str | None]) -> Published:
-    values = {column: (row[column] or "").strip() for column in COLUMNS}
-    empty = [c for c in COLUMNS if not values[c] and c not in ("recovery", "note")]
+    values = {column: (row.get(column) or "").strip() for column in COLUMNS}
+    empty = [c for c in COLUMNS if not values[c] and c not in OPTIONAL]
     if empty:
         raise FlexiError(f"{where}: expected something as {empty[0]}, found nothing")
+    if values["counterpart"] and not COUNTERPART.fullmatch(values["counterpart"]):
+        raise FlexiError(
+            f"{where}: expected as counterpart METRIC x STRATEGY, option=value, ..., or -, found {values['counterpart']!r}"
+        )
     numbers = {}
     for column in ("ratio", "value"):
         try:
@@ -85,13 +93,13 @@ def _published(where: str, row: Mapping[str, str | None]) -> Published:
 # ------------------------------------------------------------------------------------------- what belongs together
 
 
-def side_by_side(rows: pd.DataFrame, published: Iterable[Published], papers: Papers, study: str) -> list[Row]:
+def side_by_side(rows: pd.DataFrame, published: Iterable[Published], papers: Papers) -> list[Row]:
     """Return the published numbers that the study has a number beside, in their order, with ours."""
     methods, names = ranking.methods(rows), ranking.measured(rows)
     return [
         _pair(line, row, name)
         for line in published
-        for row in _same_method(line, [m for m in methods if _same_place(line, m)], papers, study)
+        for row in _same_method(line, [m for m in methods if _same_place(line, m)], papers)
         for name in names
         if _same_measurement(line, name) and not math.isnan(number(row, name))
     ]
@@ -120,24 +128,32 @@ def _same_place(line: Published, row: Row) -> bool:
     return near and recovery and _model(line.model) == _model(row["model"])
 
 
-def _same_method(line: Published, rows: Sequence[Row], papers: Papers, study: str) -> list[Row]:
+def _same_method(line: Published, rows: Sequence[Row], papers: Papers) -> list[Row]:
     """Return the rows that come closest to a published method; see EXPLAINED."""
     if _plain(line.method) in DENSE:
         return [row for row in rows if ranking.is_dense(row)]
     pruned = [row for row in rows if not ranking.is_dense(row)]
-    closeness = [_closeness(line.method, row, papers, study) for row in pruned]
+    if line.counterpart:
+        return [row for row in pruned if _is_counterpart(line.counterpart, row)]
+    closeness = [_closeness(line.method, row, papers) for row in pruned]
     return [row for row, close in zip(pruned, closeness, strict=True) if close and close == max(closeness)]
 
 
-def _closeness(method: str, row: Row, papers: Papers, study: str) -> int:
+def _is_counterpart(told: str, row: Row) -> bool:
+    method, *options = told.split(", ")
+    set_ = ranking.flat_options(row["options"])
+    known = {key.partition(".")[2]: value for key, value in set_.items() if key.startswith(("metric.", "strategy."))}
+    wanted = [option.split("=") for option in options]
+    return method == f"{row['metric']} x {row['strategy']}" and all(known.get(k) == v for k, v in wanted)
+
+
+def _closeness(method: str, row: Row, papers: Papers) -> int:
     wanted = {_plain(method), _plain(method.split()[0])}  # "LLM-Pruner Element1" is a variant of LLM-Pruner
 
     def goes_by_it(kind: str) -> bool:
         name = row[kind]
         return bool(wanted & {_plain(name), _plain(papers.get((kind, name), "").partition(",")[0])})
 
-    if _plain(study) in wanted:
-        return 3
     if goes_by_it("strategy") and (goes_by_it("metric") or row["metric"] == "none"):
         return 2
     return int(goes_by_it("metric"))
