@@ -17,7 +17,8 @@ import pytest
 from flexi_plugins import store
 from flexi_plugins.data import BlockShape, Cell, Measurement, ModelShape, PluginVersion, PruningPlan, Record
 from flexi_plugins.plugins import Plugins
-from flexi_plugins.reports import figures, methods, pareto, ranking
+from flexi_plugins.recovery.course import STOPPED
+from flexi_plugins.reports import curves, figures, methods, pareto, ranking
 from flexi_plugins.reports.methods import Methods
 from flexi_plugins.reports.pareto import Pareto
 from flexi_plugins.reports.table import Csv, Markdown
@@ -173,7 +174,7 @@ def test_training_stands_beside_what_was_there_before_it():
             dense(),
             *plain,
             trained("come", "remove-units", 25.0),
-            trained("saap", "remove-blocks", 42.0, ["lora: no state had a lower held-out loss than the start"]),
+            trained("saap", "remove-blocks", 42.0),
             trained("come", "concat-merge", 30.0),  # nothing to compare it with
         ]
     )
@@ -186,10 +187,70 @@ def test_training_stands_beside_what_was_there_before_it():
     assert rows[0][f"{PERPLEXITY} after"] == "25.00 ± 0.500"
     assert "- Recovery lowers wikitext2_ppl@2048 in 1 of 2 cells." in page
     assert (
-        "- Not in saap x remove-blocks x lora at 0.2: trained by lora on 64 tokens: held-out loss 3.0000 -> 2.0000 nats a "
-        "token; lora: no state had a lower held-out loss than the start." in page
+        "- Not in saap x remove-blocks x lora at 0.2: the training lowered the held-out loss on its own text, and what is "
+        "measured is other text; trained by lora on 64 tokens: held-out loss 3.0000 -> 2.0000 nats a token." in page
     )
     assert "Before and after" not in markdown(RECORDS)
+
+
+@pytest.mark.parametrize(
+    ("facts", "notes", "curve", "reason"),
+    [
+        ({"kept_tokens": 0}, [], None, "no state of the training was better on its held-out text than the start"),
+        ({"kept_tokens": 0}, [f"lora: {STOPPED} 32 of 64 tokens"], None, "the training was stopped; "),
+        ({}, [], [], "nothing was trained, so that what differs is how the weights are stored; "),
+        (
+            {},
+            [],
+            [{"tokens": 0, "held_out_block_loss": 2.0}],
+            "the training lowered the loss that it has, between blocks' ",
+        ),
+    ],
+)
+def test_a_recovery_that_helps_nothing_says_what_it_knows_of_why(facts, notes, curve, reason):
+    plain, after = record("come", "remove-units", perplexity=40.0), trained("come", "remove-units", 42.0, notes, facts)
+    if curve is not None:
+        after.plan.origin["recovery"]["curve"] = curve
+    page = markdown([dense(), plain, after])
+    assert f"- Not in come x remove-units x lora at 0.2: {reason}" in page
+
+
+def test_a_training_that_was_stopped_is_named_although_it_helped():
+    plain = record("come", "remove-units", perplexity=50.0)
+    note = f"lora: {STOPPED} 32 of 64 tokens, where the training loss was not finite"
+    page = markdown([dense(), plain, trained("come", "remove-units", 45.0, [note], {"trained_tokens": 32})])
+    assert (
+        f"- **Note:** come x remove-units x lora at 0.2 was trained on fewer tokens than it was to be: {note}" in page
+    )
+    assert "fewer tokens" not in markdown([dense(), plain, trained("come", "remove-units", 45.0)])
+
+
+def test_a_curve_is_drawn_point_by_point_and_named_by_its_cell(monkeypatch):
+    made = [
+        record("come", "remove-units"),
+        trained("come", "remove-units", 25.0),
+        trained("saap", "remove-blocks", 42.0),
+    ]
+    made[2].plan.origin["recovery"]["curve"][1]["held_out_loss"] = 2.5
+    drawn = []
+    monkeypatch.setattr(figures, "svg", lambda figure: drawn.append(figure) or "")
+    curves.Curves().render(store.rows([dense(), *made]), "demo")
+    [figure] = drawn
+    [axes] = figure.axes
+    lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
+    assert lines == {
+        "come x remove-units x lora": ([0, 64], [3.0, 2.0]),
+        "saap x remove-blocks x lora": ([0, 64], [3.0, 2.5]),
+    }
+    assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == 2
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["saap x remove-blocks x lora", "come x remove-units x lora"], "in the order of the lines' ends"
+    ranks = [trained("come", "remove-units", 25.0, rank=rank) for rank in (4, 8)]
+    again = replace(ranks[0], cell=replace(ranks[0].cell, seed=1))
+    curves.Curves().render(store.rows([dense(), *ranks, again]), "demo")
+    names = {line.get_label() for line in drawn[1].axes[0].lines}
+    expected = ("rank=4 x lora, seed 0", "rank=4 x lora, seed 1", "rank=8 x lora")
+    assert names == {f"come x remove-units x {told}" for told in expected}
 
 
 def test_seeds_that_were_not_all_trained_are_named():

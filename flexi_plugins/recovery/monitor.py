@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.hookspecs import Recovered, RecoveryRequest
 from flexi_plugins.recovery.copies import replaced, trainable
+from flexi_plugins.recovery.course import STOPPED
 from flexi_plugins.recovery.options import Steps, TrainingOptions
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class Monitor:
         tokens = self.steps.tokens(state.global_step)
         if self.stopped:
             notes.append(
-                f"{self.who}: training was stopped after {tokens:,} of {self.steps.tokens(self.steps.total):,} tokens, where "
+                f"{self.who}: {STOPPED} {tokens:,} of {self.steps.tokens(self.steps.total):,} tokens, where "
                 f"{self.stopped[1]}; the state after {kept['tokens']:,} tokens is restored. Lower the learning rate"
             )
         elif not kept["step"]:

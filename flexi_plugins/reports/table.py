@@ -143,6 +143,11 @@ def _caveats(rows: pd.DataFrame, done: Sequence[Row], names: Sequence[str]) -> l
         ),
         (f"the records differ in {', '.join(mixed)}: compare speeds and small differences with care", mixed),
         ("some records were made with changes that are not committed", changed),
+        *(
+            (f"{_label(r)} was trained on fewer tokens than it was to be: {one_line(r['recovery_stopped'])}", True)
+            for r in done
+            if isinstance(r.get("recovery_stopped"), str)
+        ),
         ("one seed: how far results vary between seeds is not shown", done and not several),
         (f"{without} of {len(rows)} cells have no result; they stand at the end with the reason", without),
     ]
@@ -186,7 +191,7 @@ def _recovery(done: Sequence[Row], names: Sequence[str]) -> list[str]:
 
     worse = [r for r in rows if not number(r, first) < number(r["before"], first)]
     said = [f"Recovery lowers {first} in {len(rows) - len(worse)} of {len(rows)} cells."]
-    said += [f"Not in {_label(r)}: {one_line(r.get('recovery_note')) or 'nothing was noted'}." for r in worse]
+    said += [f"Not in {_label(r)}: {one_line(r['recovery_reason'])}; {one_line(r['recovery_note'])}." for r in worse]
     uneven = [r for r in rows if r["seeds"] != r["before"]["seeds"]]
     said += [f"{_label(r)}: before is the mean of seeds {r['before']['seeds']}, after of {r['seeds']}." for r in uneven]
     columns: list[Column] = [c for c in identity(done) if c[0] not in ("#", "stored M", "bits a weight", "packed MiB")]
