@@ -24,7 +24,7 @@ from flexi_plugins.data import Cell, PruningPlan, Record
 from flexi_plugins.digests import tensor_digest
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.files import remove_leftovers, replacing, write_tensor_file, write_text
-from flexi_plugins.recovery.course import course_of, reason_of, stops_of
+from flexi_plugins.recovery.course import course_of, reason_of, shortfall_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -355,8 +355,8 @@ def _of_recovery(recovery: Mapping[str, Any] | None) -> dict[str, Any]:
         "recovery_note": "; ".join((course_of(recovery), *recovery["notes"])),
         "recovery_reason": reason_of(recovery),
     }
-    if stops_of(recovery):
-        row["recovery_stopped"] = stops_of(recovery)
+    if shortfall := shortfall_of(recovery):
+        row["recovery_shortfall"] = shortfall
     if "stored_bytes" in facts:
         row |= {"bits_per_weight": facts["bits_per_weight"], "packed_mib": facts["stored_bytes"] / 2**20}
     return row

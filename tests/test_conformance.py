@@ -34,9 +34,12 @@ from flexi_plugins.metrics.flexigpt import BlockInfluence
 from flexi_plugins.plugins import BUILT_IN, KINDS, Plugins
 from flexi_plugins.progress import Advance, Progress
 from flexi_plugins.recovery.none import NoRecovery
+from flexi_plugins.reports import figures
+from flexi_plugins.reports.curves import Curves
 from flexi_plugins.reports.table import Csv, Markdown
 from flexi_plugins.strategies.remove_blocks import RemoveBlocks
 from flexi_plugins.strategies.share_lora import ShareLora
+from flexi_plugins.testing import recovery_checks
 from flexi_plugins.testing.bench import Bench, expect, permuted, silenced, uneven_plan
 from flexi_plugins.testing.conformance import check_all, checks_for, checks_of, problem_of
 from flexi_plugins.testing.models import KINDS as TINY
@@ -708,3 +711,128 @@ def test_a_plan_of_all_that_earlier_steps_do_runs(plugins: Plugins) -> None:
 def test_expect_raises_under_optimisation_too() -> None:
     with pytest.raises(AssertionError, match="expected more"):
         expect([], "expected more")
+
+
+# -------------------------------------------------------------------------------- recoveries and reports, broken
+
+
+@dataclass(frozen=True)
+class LeavesAdapters(NoRecovery):
+    """Gives back a model with a parameter that it did not have."""
+
+    def recover(self, request: RecoveryRequest) -> Recovered:
+        request.model.adapter = torch.nn.Parameter(torch.zeros(3))  # type: ignore[assignment]
+        return Recovered(request.model)
+
+
+@dataclass(frozen=True)
+class Overflowing(NoRecovery):
+    """Trains until a weight is infinite."""
+
+    def recover(self, request: RecoveryRequest) -> Recovered:
+        norm: Any = request.model.get_submodule("model.norm")
+        norm.weight = torch.nn.Parameter(torch.full_like(norm.weight, torch.inf), requires_grad=False)
+        return Recovered(request.model)
+
+
+@dataclass(frozen=True)
+class Hooked(NoRecovery):
+    """Learns something that is in no weight."""
+
+    def recover(self, request: RecoveryRequest) -> Recovered:
+        norm: Any = request.model.get_submodule("model.norm")
+        norm.register_forward_hook(lambda module, inputs, output: output * 1.1)
+        return Recovered(request.model)
+
+
+@dataclass(frozen=True)
+class TrainsOn(NoRecovery):
+    """Sees twice the text that it may see."""
+
+    def recover(self, request: RecoveryRequest) -> Recovered:
+        return Recovered(request.model, ({"tokens": 0.0}, {"tokens": 2.0 * request.tokens}))
+
+
+@dataclass(frozen=True)
+class CountsAnew(NoRecovery):
+    """Begins to count tokens again in the middle of its curve."""
+
+    def recover(self, request: RecoveryRequest) -> Recovered:
+        return Recovered(request.model, ({"tokens": 24.0}, {"tokens": 48.0}, {"tokens": 24.0}))
+
+
+@dataclass(frozen=True)
+class Halfway(NoRecovery):
+    """Returns the model alone."""
+
+    def recover(self, request: RecoveryRequest) -> Any:
+        return request.model
+
+
+@dataclass(frozen=True)
+class Blank(Curves):
+    """Draws a figure without a line."""
+
+    def render(self, rows: Any, title: str) -> str:
+        from matplotlib.figure import Figure
+
+        with figures.settings():
+            return figures.svg(Figure())
+
+
+@dataclass(frozen=True)
+class Silent(Markdown):
+    """Has nothing to show of anything."""
+
+    def render(self, rows: Any, title: str) -> str:
+        return ""
+
+
+RECOVERY = {
+    "returns-a-model-that-runs",
+    "comes-back-as-a-plan",
+    "curve-is-in-order",
+    "leaves-the-original-alone",
+    "is-repeatable",
+}
+BROKEN_RECOVERIES: list[tuple[Any, set[str], str]] = [  # object, the checks that fail, what the first of them says
+    (LeavesAdapters(), {"returns-a-model-that-runs", "comes-back-as-a-plan"}, "merge adapters into the weights"),
+    (
+        Overflowing(),
+        {"returns-a-model-that-runs", "comes-back-as-a-plan", "is-repeatable"},
+        "the logits of the recovered model are not finite",
+    ),
+    (Hooked(), {"comes-back-as-a-plan"}, "the plan of the recovered model gives other logits, by 0"),
+    (TrainsOn(), {"curve-is-in-order"}, "a budget of 192 tokens, found 384"),
+    (CountsAnew(), {"curve-is-in-order"}, r"expected tokens in ascending order, found \[24.0, 48.0, 24.0\]"),
+    (Halfway(), RECOVERY, "expected recover to return Recovered, found "),
+]
+
+
+@pytest.mark.parametrize(
+    ("plugin", "checks", "said"), BROKEN_RECOVERIES, ids=[type(b[0]).__name__ for b in BROKEN_RECOVERIES]
+)
+def test_a_broken_recovery_is_caught(plugin: Any, checks: set[str], said: str, plugins: Plugins) -> None:
+    found = failing("recovery", plugin, plugins)
+    assert set(found) == checks, found
+    assert re.search(said, next(iter(found.values())))
+
+
+def test_every_check_of_recoveries_can_fail() -> None:
+    caught = {check for _, checks, _ in BROKEN_RECOVERIES if len(checks) < len(RECOVERY) for check in checks}
+    caught |= {check for kind, _, checks, _ in BROKEN if kind == "recovery" for check in checks}
+    assert caught == {check.__name__.replace("_", "-") for check in recovery_checks.CHECKS}
+
+
+@pytest.mark.parametrize(
+    ("plugin", "checks", "said"),
+    [
+        (Blank(), {"shows-every-method"}, "expected the text to name first, second, cut"),
+        (Silent(), {"renders-every-study", "shows-every-method"}, "a whole study: expected text, found ''"),
+    ],
+    ids=["Blank", "Silent"],
+)
+def test_a_report_that_shows_nothing_is_caught(plugin: Any, checks: set[str], said: str, plugins: Plugins) -> None:
+    found = failing("report", plugin, plugins)
+    assert set(found) == checks, found
+    assert re.search(said, next(iter(found.values())))

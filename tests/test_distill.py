@@ -355,6 +355,18 @@ def test_changed_blocks_or_all_are_trained_where_that_is_asked_for(tmp_path):
     assert [run.position for run in replace(FAST, blocks="all").runs(plan)] == [1]  # the others have nothing to learn
 
 
+def test_of_all_blocks_the_original_trains_those_that_have_something_to_learn(tmp_path):
+    """A narrow one stands for itself alone, and is trained beside the merged one; the two behind them give its states."""
+    dense = tiny("llama")
+    narrow = BlockRecipe(parts=(Part(0, (0, 2), tuple(range(8))),))
+    plan = PruningPlan(opened(dense).shape, (narrow, *whole(1, 3, 4)))
+    request = request_of(dense, plan, tmp_path)
+    found = replace(FAST, blocks="all").recover(request)
+    assert changed(found.model, request.model) == names_of(found.model, (0, 1))
+    assert learnt_alike(found.model, trained_in_torch(dense, plan, {0: (-1, 0), 1: (0, 2)}), request.model)
+    assert found.facts["trained_blocks"] == 2
+
+
 @pytest.mark.parametrize("windows", [1, 3, 100])
 def test_the_original_is_asked_ahead_about_as_many_windows_as_there_is_room_for(windows, monkeypatch):
     asked: list[int] = []
@@ -461,11 +473,23 @@ def test_a_model_in_bfloat16_learns_and_keeps_its_dtype(tmp_path):
 # ------------------------------------------------------------------------------ through the student
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.5])
-@pytest.mark.parametrize("name", ["removed", "gains"])
-def test_through_the_student_blocks_feed_each_other_and_learn_for_each_other(name, weight, tmp_path):
-    """The sum of the block losses in one pass of the pruned model, and the divergence of its logits from the original's."""
+@pytest.mark.parametrize(
+    ("name", "weight", "blocks"),
+    [
+        ("removed", 0.0, "merged"),
+        ("removed", 0.5, "merged"),
+        ("gains", 0.0, "merged"),
+        ("gains", 0.5, "merged"),
+        ("removed", 0.0, "all"),
+    ],
+)
+def test_through_the_student_blocks_feed_each_other_and_learn_for_each_other(name, weight, blocks, tmp_path):
+    """The sum of the block losses in one pass of the pruned model, and the divergence of its logits from the original's.
+
+    Of all blocks the first, which is what it was, learns for the merged ones.
+    """
     dense: Any = tiny("llama")
+    spans = SPANS[name] if blocks == "merged" else {0: (-1, 0), **SPANS[name]}
     plan = plan_of(opened(dense).shape, name)
     model: Any = deepcopy(built(plan, dense))
     teacher = teacher_of(dense)
@@ -482,13 +506,13 @@ def test_through_the_student_blocks_feed_each_other_and_learn_for_each_other(nam
             handle.remove()
         with torch.no_grad():
             taught = dense(input_ids=ids, use_cache=False).logits
-        states = teacher(ids, [2, 4])
-        parts = [divergence(outputs[p] * gains[p + 1], states[after]) for p, (_, after) in SPANS[name].items()]
+        states = teacher(ids, [after for _, after in spans.values()])
+        parts = [divergence(outputs[p] * gains[p + 1], states[after]) for p, (_, after) in spans.items()]
         parts.append(weight * divergence(logits, taught))
         return mean_over_targets(sum(parts[1:], parts[0]), ids)
 
-    steps_in_torch([p.requires_grad_(True) for i in (1, 2) for p in model.model.layers[i].parameters()], loss)
-    method = replace(FAST, input="student", logit_weight=weight)
+    steps_in_torch([p.requires_grad_(True) for i in spans for p in model.model.layers[i].parameters()], loss)
+    method = replace(FAST, input="student", logit_weight=weight, blocks=blocks)
     found = method.recover(request_of(dense, plan, tmp_path))
     start = built(plan, dense)
     assert learnt_alike(found.model, model, start)
@@ -496,7 +520,8 @@ def test_through_the_student_blocks_feed_each_other_and_learn_for_each_other(nam
     with torch.no_grad():
         loss_before = float(start(input_ids=HELD_OUT, labels=HELD_OUT).loss)
     assert found.curve[0] == {"tokens": 0, "held_out_loss": pytest.approx(loss_before, rel=1e-4)}
-    assert found.facts["trained_blocks"] == 2
+    assert changed(found.model, start) == names_of(found.model, spans)
+    assert found.facts["trained_blocks"] == len(spans)
 
 
 # ------------------------------------------------------------------------------------ what goes wrong

@@ -28,6 +28,7 @@ from flexi_plugins.plugins import Plugins, incompatible
 from flexi_plugins.pruner import count_only
 from flexi_plugins.rewrite import needed_tensors, with_digests, write_checkpoint
 from flexi_plugins.strategies.extend import GAINS, Extend, Order, extend, extension_tensors, spans_reaching
+from flexi_plugins.studyfile import read_study
 from flexi_plugins.testing.bench import TinyPruner
 from flexi_plugins.testing.models import tiny_checkpoint
 
@@ -110,6 +111,22 @@ def test_a_number_of_blocks_is_made_of_the_middle(order: Order) -> None:
         plan = extend(published(name), blocks=blocks, order=order)
         assert len(plan.blocks) == 36
         assert [r.sources[0] for r in plan.blocks if r.shares is not None] == list(span)
+
+
+def test_the_recipe_makes_36_blocks_of_tinyllama_and_compares_two_orders(plugins: Plugins) -> None:
+    """From the shape alone: no weights, and no training."""
+    recipe = Path(__file__).parents[1] / "baselines" / "recipes" / "extend-tinyllama.toml"
+    study = read_study(recipe, plugins)
+    assert (study.model, len(published(study.model).blocks)) == (TINYLLAMA, 22)
+    plans = [
+        count_only(published(study.model), plugins.get("strategy", method.name, method.options), 0.0)
+        for _, method, _ in study.combinations
+    ]
+    assert [len(plan.blocks) for plan in plans] == [36, 36]
+    assert {sum(r.shares is not None for r in plan.blocks) for plan in plans} == {14}
+    one, other = ([r.sources[0] for r in plan.blocks] for plan in plans)
+    assert sorted(one) == sorted(other)
+    assert one != other
 
 
 def test_a_span_and_a_number_of_blocks_give_the_repetitions() -> None:

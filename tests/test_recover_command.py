@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +46,14 @@ def arguments(model: Path, text: Path, output: Path, method: str, tokens: int, *
     return ["recover", *where, *corpora, *short, *quick, *words]
 
 
+def extended(model: Path, text: Path, output: Path) -> Path:
+    """Write the model with two of its six blocks running twice; return the folder."""
+    words = ["extend", "--model", str(model), "--blocks", "8", "-o", str(output), "--dtype", "float32"]
+    done = CliRunner().invoke(app, [*words, "--corpus", f"file:{text}", "--output-gain", "0.1"])
+    assert done.exit_code == 0, done.output
+    return output
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
@@ -71,6 +81,38 @@ def test_a_stopped_training_is_taken_up_with_the_plan_that_was_made(
     assert list((tmp_path / "out.training" / "plan" / "plans").glob("*.json"))
     monkeypatch.setattr(Pruner, "make", lambda *_: pytest.fail("the plan is there"))
     assert recover(tmp_path / "out", *MERGED).exit_code == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_a_training_that_was_killed_is_taken_up_by_the_same_command(
+    recover: Recover, model: Path, text: Path, tmp_path: Path
+) -> None:
+    """SIGKILL as soon as there is a checkpoint; model and curve are those of a command that nobody killed."""
+    words = (*MERGED, "--device", "cpu", "--recovery-option=evaluate_every=128")
+    call = [sys.executable, "-m", "flexi_plugins.cli"]
+    command = subprocess.Popen(
+        [*call, *arguments(model, text, tmp_path / "killed", "lora", 2048, *words)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    while command.poll() is None and not list(tmp_path.glob("killed.training/**/checkpoint-*/trainer_state.json")):
+        time.sleep(0.002)
+    command.kill()
+    _, said = command.communicate()
+    assert command.returncode == -signal.SIGKILL, said.decode()[-3000:]
+    assert not (tmp_path / "killed").exists()
+    resumed, whole = (recover(tmp_path / name, *words, tokens=2048) for name in ("killed", "whole"))
+    assert (resumed.exit_code, whole.exit_code) == (0, 0), resumed.output + whole.output
+    assert "lora: 0 of 2,048 tokens" in whole.output
+    assert "lora: 0 of 2,048 tokens" not in resumed.output, "it was begun again"
+    found, expected = weights(tmp_path / "killed"), weights(tmp_path / "whole")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    said_of = [
+        json.loads((tmp_path / name / "plan.json").read_text())["origin"]["recovery"] for name in ("killed", "whole")
+    ]
+    assert said_of[0] == said_of[1]
+    assert [point["tokens"] for point in said_of[0]["curve"]] == list(range(0, 2049, 128))
 
 
 def test_the_command_and_a_study_train_the_same_model(
@@ -118,11 +160,8 @@ def test_what_another_training_left_beside_its_checkpoints_is_not_taken(
 
 
 def test_an_extended_folder_is_trained_by_its_plan(recover: Recover, model: Path, text: Path, tmp_path: Path) -> None:
-    """By any method: repetitions run with the weights of the first run, whatever becomes of these, and with adapters."""
-    words = ["extend", "--model", str(model), "--blocks", "8", "-o", str(tmp_path / "longer"), "--dtype", "float32"]
-    done = CliRunner().invoke(app, [*words, "--corpus", f"file:{text}", "--output-gain", "0.1"])
-    assert done.exit_code == 0, done.output
-    start = weights(tmp_path / "longer")
+    """By any method but distill: repetitions run with the weights of the first run, whatever becomes of these."""
+    start = weights(extended(model, text, tmp_path / "longer"))
     adapters = {name for name in start if "lora_" in name}
     shared = "model.layers.2.mlp.down_proj.weight"
     trained = {"adapters": set(adapters), "lora": {*adapters, shared}, "full": set(start), "group-quant": {shared}}
@@ -136,6 +175,20 @@ def test_an_extended_folder_is_trained_by_its_plan(recover: Recover, model: Path
         changed = {name for name in found if not torch.equal(found[name], start[name])}
         assert names <= changed, (method, names - changed)
         assert method in ("lora", "full", "adapters") or not adapters & changed
+
+
+def test_distill_says_why_it_cannot_train_an_extended_folder_and_what_can(
+    recover: Recover, model: Path, text: Path, tmp_path: Path
+) -> None:
+    """Behind a block that runs again there is no state of the original's to compare with: nothing is trained or written."""
+    extended(model, text, tmp_path / "longer")
+    done = recover(tmp_path / "out", "--plan", str(tmp_path / "longer" / "plan.json"), method="distill")
+    assert isinstance(done.exception, FlexiError)
+    assert str(done.exception) == (
+        "distill: expected blocks in the original's order, found that block 3 begins with original block 2 behind one that "
+        "begins with 2; recover repeated or reordered blocks by another method, such as lora"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_model_itself_is_trained_where_no_plan_is_named(recover: Recover, tmp_path: Path, model: Path) -> None:
@@ -194,6 +247,7 @@ def test_a_method_with_nothing_to_train_in_a_plan_says_so(recover: Recover, tmp_
         ("full", 8, ()),
         ("full", 7, ()),
         ("lora", 7, ("--recovery-option=dropout=0",)),
+        ("distill", 7, ()),
         ("group-quant", 7, ("--recovery-option=group_size=8", "--recovery-option=learning_rate=0.001")),
     ],
 )

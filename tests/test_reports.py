@@ -193,26 +193,70 @@ def test_training_stands_beside_what_was_there_before_it():
     assert "Before and after" not in markdown(RECORDS)
 
 
-@pytest.mark.parametrize(
-    ("facts", "notes", "curve", "reason"),
-    [
-        ({"kept_tokens": 0}, [], None, "no state of the training was better on its held-out text than the start"),
-        ({"kept_tokens": 0}, [f"lora: {STOPPED} 32 of 64 tokens"], None, "the training was stopped; "),
-        ({}, [], [], "nothing was trained, so that what differs is how the weights are stored; "),
-        (
-            {},
-            [],
-            [{"tokens": 0, "held_out_block_loss": 2.0}],
-            "the training lowered the loss that it has, between blocks' ",
-        ),
-    ],
-)
-def test_a_recovery_that_helps_nothing_says_what_it_knows_of_why(facts, notes, curve, reason):
+BEGUN = [{"tokens": 0, "held_out_loss": 3.0}]
+REASONS = {  # case -> facts, notes, what the curve goes on with, reason
+    "kept its start": (
+        {"kept_tokens": 0},
+        [],
+        [{"tokens": 64, "held_out_loss": 3.5}],
+        "the held-out loss of the training did",
+    ),
+    "kept the last": (
+        {},
+        [],
+        [{"tokens": 64, "held_out_loss": 3.5}],
+        "the held-out loss of the training did not fall either; ",
+    ),
+    "the last of two kept its start": (
+        {"kept_tokens": 64, "tokens_before_last": 64, "trainings": 2},
+        [],
+        [{"tokens": 64, "held_out_loss": 2.0}, {"tokens": 96, "held_out_loss": 2.5}],
+        "the held-out loss of the training did not fall either; ",
+    ),
+    "stopped": (
+        {},
+        [f"lora: {STOPPED} 32 of 64 tokens"],
+        [{"tokens": 64, "held_out_loss": 2.0}],
+        "the training was stopped; ",
+    ),
+    "fell": (
+        {},
+        [],
+        [{"tokens": 64, "held_out_loss": 2.0}],
+        "the training lowered the held-out loss on its own text, and ",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REASONS)
+def test_a_recovery_that_helps_nothing_says_what_it_knows_of_why(case):
+    facts, notes, more, reason = REASONS[case]
     plain, after = record("come", "remove-units", perplexity=40.0), trained("come", "remove-units", 42.0, notes, facts)
-    if curve is not None:
-        after.plan.origin["recovery"]["curve"] = curve
-    page = markdown([dense(), plain, after])
-    assert f"- Not in come x remove-units x lora at 0.2: {reason}" in page
+    after.plan.origin["recovery"]["curve"] = [*BEGUN, *more]
+    assert f"- Not in come x remove-units x lora at 0.2: {reason}" in markdown([dense(), plain, after])
+
+
+def test_of_what_was_not_trained_or_trained_apart_it_says_that():
+    plain, after = record("come", "remove-units", perplexity=40.0), trained("come", "remove-units", 42.0)
+    said = after.plan.origin["recovery"]
+    said["curve"] = [{"tokens": 0, "held_out_block_loss": 2.0}, {"tokens": 64, "held_out_block_loss": 1.5}]
+    said["facts"] = {"kept_tokens": 0, "kept_held_out_block_loss": 1.0}  # one of several groups kept its start
+    assert "lora at 0.2: the training lowered the loss that it has, between blocks' states" in markdown([plain, after])
+    said["facts"] = {"kept_tokens": 0, "kept_held_out_block_loss": 2.0}
+    assert "lora at 0.2: the held-out loss of the training did not fall either" in markdown([plain, after])
+    said["curve"] = []
+    assert "lora at 0.2: nothing was trained, so that what differs is how the weights are stored" in markdown(
+        [plain, after]
+    )
+
+
+@pytest.mark.parametrize(("trained_tokens", "named"), [(64, False), (60, False), (48, True), (32, True)])
+def test_a_budget_that_was_not_used_is_named_but_for_what_fills_no_window(trained_tokens, named):
+    after = trained("come", "remove-units", 45.0, facts={"trained_tokens": trained_tokens})
+    after.plan.origin["recovery"]["training"] = {"tokens": 70, "length": 16}
+    page = markdown([dense(), record("come", "remove-units", perplexity=50.0), after])
+    told = f"was trained on fewer tokens than it was to be: {trained_tokens} of 64 tokens"
+    assert (told in page) == named
 
 
 def test_a_training_that_was_stopped_is_named_although_it_helped():

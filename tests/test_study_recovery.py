@@ -131,7 +131,8 @@ def test_recoveries_share_a_plan_and_differ_in_what_is_trained(
     assert half.plan.origin["recovery"]["facts"] == {"halved": 1.0}
     assert quarter.plan.origin["recovery"]["options"]["factor"] == 0.25
     assert len({r.measurements[0].value for r in (none, half, quarter)}) == 3
-    assert (tmp_path / "run" / "curves.svg").read_text().startswith("<?xml")
+    drawn = (tmp_path / "run" / "curves.svg").read_text()
+    assert all(f"<!-- come x remove-blocks x factor={factor} x quieter -->" in drawn for factor in (0.5, 0.25))
 
 
 def test_the_recovered_models_numbers_are_those_of_the_model(model: Path, text: Path, tmp_path: Path) -> None:
@@ -305,6 +306,18 @@ def test_distillation_after_each_merge_goes_on_with_the_trained_model(model: Pat
     assert [p["tokens"] for p in each.plan.origin["recovery"]["curve"]][-1] == 64
     assert sum(bool(r.own) for r in each.plan.blocks) == 2
     assert end.measurements[0].value != each.measurements[0].value
+
+
+def test_a_training_that_was_stopped_is_named_in_the_leaderboard(model: Path, text: Path, tmp_path: Path) -> None:
+    """Whatever became of the perplexity: its row is of fewer tokens than the others."""
+    wild = '{ name = "lora", learning_rate = 100.0, batch_tokens = 32, divergence = 1.01 }'
+    file = study(tmp_path, model, text, f'recovery = ["none", "quieter", {wild}]\ndense = false')
+    records = run_study(file, tmp_path / "run", plugins_with(recovery_methods=[Quieter()]))
+    assert {r.status for r in records} == {"complete"}
+    page = (tmp_path / "run" / "LEADERBOARD.md").read_text()
+    said = "lora: training was stopped after 32 of 64 tokens, where the held-out loss went from "
+    assert f"come x remove-blocks x lora at 0.2 was trained on fewer tokens than it was to be: {said}" in page
+    assert page.count("was trained on fewer tokens") == 1
 
 
 def test_a_quantised_models_record_says_what_is_packed_and_that_nothing_runs_packed(

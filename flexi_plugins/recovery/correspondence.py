@@ -44,7 +44,8 @@ def correspondences(plan: PruningPlan) -> tuple[Run, ...]:
         if following <= one:
             raise FlexiError(
                 f"distill: expected blocks in the original's order, found that block {position} begins with original block "
-                f"{following} behind one that begins with {one}; recover repeated or reordered blocks by another method"
+                f"{following} behind one that begins with {one}; recover repeated or reordered blocks by another method, such "
+                "as lora"
             )
     starts = [0, *firsts[1:]]
     ends = [*starts[1:], len(plan.shape.blocks)]

@@ -38,10 +38,6 @@ class Curves:
 
     name: ClassVar[str] = "curves"
     filename: ClassVar[str] = "curves.svg"
-    excused: ClassVar[dict[str, str]] = {
-        "renders-every-study": "a study that trains nothing has no curve",
-        "shows-every-method": "only what was trained has a curve",
-    }
 
     def render(self, rows: pd.DataFrame, title: str) -> str:
         """Render the curves in ``rows.attrs`` (label -> method and points) as SVG text; empty without any."""

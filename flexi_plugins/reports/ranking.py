@@ -138,7 +138,7 @@ def _together(group: Sequence[Row], names: Sequence[str]) -> Row:
     """Return the mean of one method's seeds, with standard deviations where there are several."""
     row: Row = {name: group[0][name] for name in (*METHOD, "status", "reason", "options")}
     row |= {"variant": "", "seeds": " ".join(str(r["seed"]) for r in group), "records": [r["record"] for r in group]}
-    for said in ("recovery_note", "recovery_reason", "recovery_stopped"):
+    for said in ("recovery_note", "recovery_reason", "recovery_shortfall"):
         notes = [r[said] for r in group if isinstance(r.get(said), str)]
         row |= {said: "; ".join(dict.fromkeys(notes))} if notes else {}
     for name in (*SIZES, *names, *(f"{n}_stderr" for n in names), *(f"{n}_chance" for n in names)):

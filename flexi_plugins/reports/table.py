@@ -144,9 +144,9 @@ def _caveats(rows: pd.DataFrame, done: Sequence[Row], names: Sequence[str]) -> l
         (f"the records differ in {', '.join(mixed)}: compare speeds and small differences with care", mixed),
         ("some records were made with changes that are not committed", changed),
         *(
-            (f"{_label(r)} was trained on fewer tokens than it was to be: {one_line(r['recovery_stopped'])}", True)
+            (f"{_label(r)} was trained on fewer tokens than it was to be: {one_line(r['recovery_shortfall'])}", True)
             for r in done
-            if isinstance(r.get("recovery_stopped"), str)
+            if isinstance(r.get("recovery_shortfall"), str)
         ),
         ("one seed: how far results vary between seeds is not shown", done and not several),
         (f"{without} of {len(rows)} cells have no result; they stand at the end with the reason", without),
