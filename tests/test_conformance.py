@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from flexi_plugins import hookimpl
 from flexi_plugins.budget import lowest
 from flexi_plugins.data import BlockRecipe, Measurement, ModelShape, Part, PruningPlan, Scores
-from flexi_plugins.errors import FlexiError
+from flexi_plugins.errors import FlexiError, OutOfReach
 from flexi_plugins.evaluators.perplexity import Perplexity
 from flexi_plugins.hookspecs import (
     BlockTrace,
@@ -182,6 +182,18 @@ class Unrecordable(CoMe):
     scale: complex = 1j
 
 
+@dataclass(frozen=True)
+class Unwilling(CoMe):
+    """Has an option of which only the default works."""
+
+    scale: Literal["as it is", "relative", "ranked"] = "as it is"
+
+    def score(self, request: PruningRequest) -> Scores:
+        if self.scale != "as it is":
+            raise FlexiError(f"come: scale = {self.scale!r} needs more than this")
+        return super().score(request)
+
+
 # --------------------------------------------------------------------------------------- broken strategies
 
 
@@ -305,6 +317,28 @@ class Unserialisable(RemoveBlocks):
 
     def plan(self, request: PruningRequest) -> PruningPlan:
         return replace(super().plan(request), origin={"scores": request.scores})
+
+
+@dataclass(frozen=True)
+class AtOnceOnly(RemoveBlocks):
+    """Refuses the one other choice of its option."""
+
+    def plan(self, request: PruningRequest) -> PruningPlan:
+        if self.progressive:
+            raise FlexiError("remove-blocks: progressive = true is not there yet")
+        return super().plan(request)
+
+
+@dataclass(frozen=True)
+class Miscounted(RemoveBlocks):
+    """One choice of its option refuses what it says is within reach; the other works."""
+
+    counted: Literal["blocks", "parameters", "rows"] = "blocks"
+
+    def plan(self, request: PruningRequest) -> PruningPlan:
+        if self.counted == "rows":
+            raise OutOfReach("remove-blocks: this ratio is out of reach")
+        return super().plan(request)
 
 
 @dataclass(frozen=True)
@@ -488,6 +522,12 @@ BROKEN: list[tuple[str, Any, set[str], str]] = [  # kind, object, the checks tha
         {"is-what-its-contract-says", "has-a-name", "options-survive-a-record"},
         "instance of a frozen dataclass",
     ),
+    (
+        "metric",
+        Unwilling(),
+        {"every-choice-works"},
+        "option 'scale': expected a choice besides 'as it is' that works, found all refused; 'relative': .*'ranked': ",
+    ),
     ("metric", Unrecordable(), {"options-survive-a-record"}, "complex is not JSON serializable"),
     (
         "strategy",
@@ -516,6 +556,13 @@ BROKEN: list[tuple[str, Any, set[str], str]] = [  # kind, object, the checks tha
     ("strategy", Whimsical(), {"plans-are-repeatable"}, "two runs with the same seed give different plans"),
     ("strategy", Peeking(), {"counts-without-weights"}, "failed with AttributeError: 'NoneType'"),
     ("strategy", Unserialisable(), {"plan-is-a-value"}, "Scores is not JSON serializable"),
+    (
+        "strategy",
+        AtOnceOnly(),
+        {"every-choice-works"},
+        "option 'progressive': expected a choice besides False that works",
+    ),
+    ("strategy", Miscounted(), {"every-choice-works"}, "out of reach"),
     ("strategy", Forgetful(), {"makes-its-tensors", "model-is-what-the-plan-says"}, "tensors of the plan are missing"),
     ("strategy", Transposed(), {"makes-its-tensors", "model-is-what-the-plan-says"}, r"expected shape \(4, 72\)"),
     ("statistic", MeanOfMeans(), {"does-not-depend-on-batching"}, "finish divides by tokens"),

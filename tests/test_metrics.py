@@ -1,14 +1,16 @@
-"""Statistics and metrics against direct float64 computations on transformers' own hidden states."""
+"""Statistics and metrics against direct float64 computations on transformers' own hidden states, and by hand."""
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
+from flexi_baselines import flap, llm_pruner, magnitude, shortgpt, sleb, taylor, wanda_sp
 from tiny import attached_for, built, change, close, logits, narrowed, noting, opened, sharing, tiny, tokens
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,7 +23,10 @@ from flexi_plugins.execution.blocks import Blocks
 from flexi_plugins.execution.sweep import Planned
 from flexi_plugins.hookspecs import BlockTrace, Budget, GradientTrace, LinearTrace, PruningRequest
 from flexi_plugins.metrics import come, flexigpt, saap
+from flexi_plugins.metrics.greedy import Greedy
 from flexi_plugins.numerics import absolute_sum, one_minus_cosine, pieces, product, row_distance, standardise
+from flexi_plugins.plugins import Plugins
+from flexi_plugins.testing.bench import TinyPruner
 
 METRICS = (come.CoMe(), flexigpt.FlexiGPT(), saap.Saap())
 KNOWN = {s.name: s for m in (come, flexigpt, saap) for s in m.statistics()}
@@ -294,39 +299,274 @@ def test_statistics_make_nothing_of_the_size_of_a_matrix(name, dtype):
 
 
 # ---------------------------------------------------------------------------------------- by hand
+#
+# Two blocks on the stream of every token alike, so attention only passes values on. H0.. are query heads (KV head 0 has H0
+# and H1), C0, C1 channels; beside each, what it adds to the stream:
+#
+#   block 0  enters (1, 0, 0, 0)   H0 (0, 1, 0, 0)   H1 (0, 0, 1/2, 0)   H2 (0, 0, 1/2, 0)   H3 0
+#            middle (1, 1, 1, 0)   C0 (0, 1, -1, 1)  C1 (0, 0, 2, -1)
+#   block 1  enters (1, 2, 2, 0)   H0 (2, 2, 0, 0)   H1 0                H2 (0, -2, 0, 0)    H3 (-1, 0, 0, 0)
+#            middle (2, 2, 2, 0)   C0 (0, 0, 1, 1)   C1 (0, 0, -1, 1)
+#   leaves   (2, 2, 2, 2)
+#
+# Every row that reads the stream is parallel to it, so the norms in front let no gradient through, and rows of the head
+# are orthogonal to (2, 2, 2, 2): all three tokens are equally likely, and a sample's gradient is the same vector d
+# throughout. The rows are 6 (1, -2, -2, 3), 6 (1, 1, -1, -1) and 0; of three targets, the sample A has none of token 0
+# and one of token 1, so with (1/3 - share of the targets) per row and the norm's 1/2 its d is (1, -2, -2, 3); B has it
+# the other way round, and d = (1, 1, -1, -1). Their mean is (1, -1/2, -3/2, 1).
+A, B = [0, 1, 2, 2], [0, 0, 2, 2]
+HAND_WINDOWS = torch.tensor([[0, 1, 2, 0], [2, 1, 0, 1]])  # targets: 0 twice, 1 three times, 2 once
 
 
-def hand_made():
-    """A model whose first block adds (0, 1, 1, 0) to a stream of (1, 0, 0, 0), by two channels, and whose second adds nothing."""
-    sizes = {"hidden_size": 4, "intermediate_size": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-    model = tiny("llama-biases", num_hidden_layers=2, hidden_act="relu", **sizes)
-    for parameter in model.model.layers.parameters():
-        parameter.data.zero_()
-    model.model.embed_tokens.weight.data[:] = torch.tensor([1.0, 0, 0, 0])
-    mlp = model.model.layers[0].mlp
-    mlp.gate_proj.bias.data[:] = torch.tensor([1.0, 2.0])
-    mlp.up_proj.bias.data[:] = 1.0
-    mlp.down_proj.weight.data[:] = torch.tensor([[0, 0], [1.0, 0], [0, 0.5], [0, 0]])
+def hand_made() -> torch.nn.Module:
+    sizes = {
+        "hidden_size": 4,
+        "intermediate_size": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 2,
+    }
+    model = tiny("llama", num_hidden_layers=2, hidden_act="relu", vocab_size=3, rms_norm_eps=1e-12, **sizes)
+    model.model.embed_tokens.weight[:] = torch.tensor([1.0, 0, 0, 0])
+    model.model.norm.weight.fill_(1.0)
+    model.lm_head.weight[:] = torch.tensor([[6.0, -12, -12, 18], [6, 6, -6, -6], [0, 0, 0, 0]])
+    thirds, ninths = torch.tensor([1.0, 1, 1, 0]) / 3, torch.tensor([1.0, 2, 2, 0]) / 9
+    none = torch.zeros(4)
+    first, second = model.model.layers
+    first.input_layernorm.weight.fill_(1 / 2)  # the maps read (1, 0, 0, 0)
+    second.input_layernorm.weight.fill_(3 / 2)  # (1, 2, 2, 0)
+    one = torch.tensor([1.0, 0, 0, 0])
+    for block, values in ((first, [one, none, 2 * one, none]), (second, [ninths, none, ninths, none])):
+        block.post_attention_layernorm.weight.fill_(math.sqrt(3) / 2)  # (1, 1, 1, 0)
+        block.self_attn.q_proj.weight.fill_(1.0)  # whatever they are, values are alike
+        block.self_attn.k_proj.weight.fill_(1.0)
+        block.self_attn.v_proj.weight[:] = torch.stack(values)
+        block.self_attn.o_proj.weight.zero_()  # every second column is of a value of 0
+    first.self_attn.o_proj.weight[:, ::2] = torch.tensor(
+        [[0.0, 1, 0, 0], [0, 0, 1 / 2, 0], [0, 0, 1 / 4, 0], [0] * 4]
+    ).T
+    second.self_attn.o_proj.weight[:, ::2] = torch.tensor([[2.0, 2, 0, 0], [0] * 4, [0, -2, 0, 0], [-1, 0, 0, 0]]).T
+    first.mlp.gate_proj.weight[:] = torch.stack([thirds, thirds])
+    first.mlp.up_proj.weight[:] = torch.stack([thirds, 2 * thirds])  # C1 is 2
+    first.mlp.down_proj.weight[:] = torch.tensor([[0.0, 1, -1, 1], [0, 0, 1, -1 / 2]]).T
+    second.mlp.gate_proj.weight[:] = torch.stack([thirds, 2 * thirds])  # C1 is 2
+    second.mlp.up_proj.weight[:] = torch.stack([thirds, thirds])
+    second.mlp.down_proj.weight[:] = torch.tensor([[0.0, 0, 1, 1], [0, 0, -1 / 2, 1 / 2]]).T
     return model
 
 
-def test_closed_forms_by_hand():
-    checkpoint = opened(hand_made())
-    plan = PruningPlan.identity(checkpoint.shape)
-    statistics = calibrator(checkpoint).statistics(Planned(plan), KNOWN)
-    turned = 1 - 1 / math.sqrt(3)
-    assert [float(x) for x in statistics["block-influence"]["influence"]] == pytest.approx([turned, 0], abs=1e-6)
-    assert float(statistics["pair-angle"]["all"][1]) == pytest.approx(math.acos(1 / math.sqrt(3)) / math.pi)
-    assert statistics["sensitivity"]["mlp"][0].tolist() == [1.0, 1.0]
-    assert float(statistics["sensitivity"]["mlp_residual"][0]) == 3.0
-    by_come = scores_of(come.CoMe(), statistics, plan)
-    assert by_come.mlp[0].tolist() == pytest.approx([1 / 3, 1 / 3])
-    assert by_come.attention[0].tolist() == [0.0]
-    assert by_come.block.tolist() == pytest.approx([2 / 3, 0])
-    by_flexigpt = scores_of(flexigpt.FlexiGPT(), statistics, plan)
-    assert by_flexigpt.mlp[0].tolist() == pytest.approx([1 - 2 / math.sqrt(6)] * 2)
-    assert by_flexigpt.mlp[1].tolist() == [0.0, 0.0]
-    assert float(statistics["taylor"]["element_mlp"][1].abs().max()) == 0.0
+def pruner_by_hand(model, windows: Tensor, samples: Tensor) -> TinyPruner:
+    plugins = Plugins.load()
+    for module in (flap, llm_pruner, shortgpt, taylor, wanda_sp):
+        if not plugins.manager.is_registered(module):
+            plugins.add(module)
+    pruner = TinyPruner(opened(model), plugins)
+    pruner.__dict__["texts"] = windows, samples, "by hand"
+    return pruner
+
+
+@pytest.fixture(scope="module")
+def by_hand() -> TinyPruner:
+    return pruner_by_hand(hand_made(), HAND_WINDOWS, torch.tensor([A, B]))
+
+
+def hand_scores(pruner: TinyPruner, metric) -> Scores:
+    request = pruner.request(frozenset(metric.needs))
+    return metric.score(request).check(metric.name, request.shape)
+
+
+def are(found: Sequence[Tensor] | Tensor | None, expected: Sequence[Sequence[float]] | Sequence[float]) -> bool:
+    """Whether values, of units per block or of blocks, are these to five digits."""
+    assert found is not None
+    rows = [found] if isinstance(found, Tensor) else list(found)
+    wanted = [expected] if isinstance(found, Tensor) else list(expected)
+    return [r.tolist() for r in rows] == [pytest.approx(w, rel=1e-5, abs=1e-5) for w in wanted]
+
+
+TURNS = [1 - 1 / 3, 1 - 5 / 6]  # cosines of (1, 0, 0, 0), (1, 2, 2, 0) and (2, 2, 2, 2)
+
+
+def test_the_hand_made_model_is_what_is_said_of_it():
+    seen = reference(hand_made(), HAND_WINDOWS)
+    streams = [[1, 0, 0, 0], [1, 1, 1, 0], [1, 2, 2, 0], [2, 2, 2, 0], [2, 2, 2, 2]]
+    found = [seen[0].input, seen[0].middle, seen[1].input, seen[1].middle, seen[1].output]
+    for states, stream in zip(found, streams, strict=True):
+        assert torch.allclose(states, torch.tensor(stream).double().expand(8, 4), atol=1e-9)
+
+
+def test_shortgpts_scores_by_hand(by_hand):
+    """A run of both blocks turns (1, 0, 0, 0) into (2, 2, 2, 2), whose cosine is 1/2: by a third of half a circle."""
+    assert are(hand_scores(by_hand, shortgpt.ShortGPT()).block, TURNS)
+    one, both = (hand_scores(by_hand, shortgpt.ShortGPT("angular", n)).block for n in (1, 2))
+    assert are(one, [math.acos(1 / 3) / math.pi, math.acos(5 / 6) / math.pi])
+    assert are(both, [1 / 3, 1 / 3])
+    assert float(by_hand.request(frozenset({"pair-angle"})).statistics["pair-angle"]["all"][1]) == pytest.approx(1 / 3)
+
+
+def test_flexigpts_scores_by_hand(by_hand):
+    """1 - cos of the stream with and without: of (1, 1, 1, 0) without KV head 0, (1, 0, 1/2, 0) is left, and so on."""
+    found = hand_scores(by_hand, flexigpt.FlexiGPT())
+    assert are(found.block, TURNS)
+    left = [
+        [1.5 / math.sqrt(3 * 1.25), 2.5 / math.sqrt(3 * 2.25)],  # (1, 0, 1/2, 0) and (1, 1, 1/2, 0) of (1, 1, 1, 0)
+        [4 / math.sqrt(12 * 4), 18 / math.sqrt(12 * 29)],  # (0, 0, 2, 0) and (3, 4, 2, 0) of (2, 2, 2, 0)
+    ]
+    assert are(found.attention, [[1 - cosine for cosine in row] for row in left])
+    left = [
+        [9 / math.sqrt(9 * 12), 5 / math.sqrt(9 * 6)],  # (1, 1, 3, -1) and (1, 2, 0, 1) of (1, 2, 2, 0)
+        [12 / math.sqrt(16 * 10), 16 / math.sqrt(16 * 18)],  # (2, 2, 1, 1) and (2, 2, 3, 1) of (2, 2, 2, 2)
+    ]
+    assert are(found.mlp, [[1 - cosine for cosine in row] for row in left])
+
+
+def test_comes_and_wanda_sps_scores_by_hand(by_hand):
+    """Both add up the absolute sums of what is added: over the stream's own, 3 and 5, then 6 and 8; or a mean over 4 rows."""
+    relative = hand_scores(by_hand, come.CoMe())
+    assert are(relative.attention, [[1.5 / 3, 0.5 / 3], [4 / 6, 3 / 6]])
+    assert are(relative.mlp, [[3 / 5, 3 / 5], [2 / 8, 2 / 8]])
+    assert are(relative.block, [2 / 3 + 6 / 5, 7 / 6 + 1 / 2])
+    mean = hand_scores(by_hand, wanda_sp.WandaScores())
+    assert are(mean.attention, [[1.5 / 4, 0.5 / 4], [4 / 4, 3 / 4]])
+    assert are(mean.mlp, [[3 / 4, 3 / 4], [2 / 4, 2 / 4]])
+
+
+def test_greedys_and_slebs_scores_by_hand(by_hand):
+    """The next-token loss of what is left, from its logits."""
+
+    # Without block 0, block 1 runs on (1, 0, 0, 0): the norm of its attention makes that (3, 0, 0, 0), whose values are a
+    # third of before, so (1/3, 0, 0, 0) is added. Its MLP reads (sqrt 3, 0, 0, 0), of which gate and up are 1 / sqrt 3 of
+    # before, so (0, 0, 0, 2/3) is added. (4/3, 0, 0, 2/3) is (2, 0, 0, 1) x 2 / sqrt 5 behind the last norm. Without block
+    # 1, (1, 2, 2, 0) is there two thirds of itself.
+    def loss(*scores: float) -> float:  # of the tokens 0 and 1; 2 has 0
+        return math.log(sum(math.exp(s) for s in (*scores, 0.0))) - scores[0] * 2 / 6 - scores[1] * 3 / 6
+
+    five = math.sqrt(5)
+    without = [
+        loss(2 / five * (2 * 6 + 18), 2 / five * (2 * 6 - 6)),
+        loss(2 / 3 * (6 - 24 - 24), 2 / 3 * (6 + 12 - 12)),
+    ]
+    assert are(hand_scores(by_hand, Greedy()).block, without)
+    assert are(hand_scores(by_hand, sleb.Sleb(early_barrier=0, latter_barrier=0)).block, without)
+    assert are(hand_scores(by_hand, sleb.Sleb(early_barrier=1, latter_barrier=0)).block, [without[1] + 1, without[1]])
+
+
+# Taylor terms w g of what is added are d times it, entry by entry; a value's row, and gate and up, have together the sum
+# of that over what they make (of all their query heads), with one sign each. So a KV head has |v| of its value and what
+# is added by its query heads, a channel twice its sum and what is added. Query and key have none: their values are alike.
+VECTOR_ATTENTION = [[[6, 2], [2, 1]], [[4, 8], [8, 6]]]  # block, then sample A and B, then unit
+ELEMENT_ATTENTION = [
+    [[6, 2], [2, 1]],
+    [[8, 8], [8, 6]],
+]  # block 1, KV head 0, A: (2, 2, 0, 0) has (2, -4): 2 + 2 or 2 + 6
+VECTOR_MLP = [[[9, 21], [3, 3]], [[3, 15], [6, 0]]]  # block 0, C0, A: (0, 1, -1, 1) has (0, -2, 2, 3): 3 x 3
+ELEMENT_MLP = [[[13, 21], [5, 5]], [[7, 15], [6, 2]]]  # 2 x 3 + 7
+
+
+def test_taylor_scores_of_each_sample_by_hand(by_hand):
+    found = by_hand.request(frozenset({"taylor"})).statistics["taylor"]
+    for name, expected in (
+        ("vector_attention", VECTOR_ATTENTION),
+        ("element_attention", ELEMENT_ATTENTION),
+        ("vector_mlp", VECTOR_MLP),
+        ("element_mlp", ELEMENT_MLP),
+    ):
+        for block in (0, 1):
+            assert are(list(found[name][block]), expected[block])
+
+
+def test_saaps_scores_by_hand(by_hand):
+    """From the Taylor scores above: s_v = 37 / 8 and s_e = 41 / 8 of attention, 60 / 8 and 74 / 8 of the MLP."""
+    # Fused, attention has 4 V / 37 + 4 E / 41 and the MLP V / 15 + 2 E / 37. Of two units, standardising leaves +1 for the
+    # greater and -1 for the less: of the mean over samples and, less a tenth, of the fluctuation |A - B| / (A + B).
+    found = hand_scores(by_hand, saap.Saap())
+    # block 0: KV head 0 has 4 times (6 / 37 + 6 / 41) / 6 and fluctuates by 4 / 8; 1 by 1 / 3. Block 1: sums over samples
+    # of 48 / 37 + 64 / 41 < 56 / 37 + 56 / 41, fluctuation 0.151 > 0.143
+    assert are(found.attention, [[1 - 0.1, -1 + 0.1], [-1 - 0.1, 1 + 0.1]])
+    # block 0: 1.30 and 0.47, 2.54 and 0.47; block 1: 0.58 and 0.72, 1.81 and 0.11
+    assert are(found.mlp, [[-1 + 0.1, 1 - 0.1], [-1 + 0.1, 1 - 0.1]])
+    # with all units: 5.48 and 1.56 in block 0, fluctuating by 0.56; 5.25 and 3.71 in block 1, by 0.17
+    assert are(found.block, [-1 - 0.1, 1 + 0.1])
+    # mean / std of two values is their sum by their difference; ranks 1/4 and 3/4
+    rates = hand_scores(by_hand, saap.Saap(fluctuation="rates")).attention
+    sums = [[8 * (4 / 37 + 4 / 41), 3 * (4 / 37 + 4 / 41)], [48 / 37 + 64 / 41, 56 / 37 + 56 / 41]]
+    steady = [(a + b) / abs(a - b) for a, b in sums]
+    assert rates is not None
+    assert are(rates[0], [3 / 4 * steady[0], 1 / 4 * steady[0]])
+    assert rates[1].tolist() == pytest.approx([1 / 4 * steady[1], 3 / 4 * steady[1]], rel=1e-3)  # of a small difference
+
+
+def test_llm_pruners_scores_by_hand(by_hand):
+    """By the mean gradient, d = (1, -1/2, -3/2, 1)."""
+    # Of block 0, H0 to H3 have -1/2, -3/4, -3/4, 0, C0 has (-1/2, 3/2, 1) and C1 (-3, -1); of block 1, H0 to H3 have
+    # (2, -1), 0, 1, -1, C0 has (-3/2, 1) and C1 (3/2, 1).
+    element = hand_scores(by_hand, llm_pruner.LlmPruner("param_first"))
+    assert are(element.attention, [[1.25 + 1.25, 0.75 + 0.75], [1 + 3, 0 + 2]])
+    assert are(element.mlp, [[2 * 2 + 3, 2 * 4 + 4], [2 * 0.5 + 2.5, 2 * 2.5 + 2.5]])
+    vector = hand_scores(by_hand, llm_pruner.LlmPruner("vectorize"))
+    assert are(vector.attention, [[1.25 + 1.25, 0.75 + 0.75], [1 + 1, 0 + 2]])
+    assert are(vector.mlp, [[3 * 2, 3 * 4], [3 * 0.5, 3 * 2.5]])
+
+
+def test_taylors_scores_by_hand(by_hand):
+    """All |w g| by the same d: values, output, gate and up, down, and the two norms."""
+    # A norm has for each column what all that reads it has, with its sign: the values of block 0 -5/4 - 3/4, of block 1
+    # 1 + 0; gate and up of C0 and C1 of block 0 twice 2 - 4, of block 1 twice -1/2 + 5/2.
+    blocks = [
+        (1.25 + 0.75) + (1.25 + 0.75) + 2 * (2 + 4) + (3 + 4) + (2 + 4),
+        (1 + 0) + (3 + 2) + 2 * (0.5 + 2.5) + (2.5 + 2.5) + (1 + 4),
+    ]
+    assert are(hand_scores(by_hand, taylor.Taylor()).block, blocks)
+
+
+def test_magnitudes_scores_by_hand(by_hand):
+    """Query and key, values, output, gate, up, down, and the two norms of four weights."""
+    blocks = [
+        48 + 3 + 1.75 + 2 + 3 + 4.5 + 4 / 2 + 4 * math.sqrt(3) / 2,
+        48 + 10 / 9 + 7 + 3 + 2 + 3 + 4 * 3 / 2 + 4 * math.sqrt(3) / 2,
+    ]
+    assert are(hand_scores(by_hand, magnitude.Magnitude()).block, blocks)
+
+
+def test_flaps_scores_by_hand():
+    """Fluctuations of (1/2 difference of two values)^2 x squared norm of the column, standardised by hand."""
+    # Windows of one token each: streams (1, 0, ..) and (0, 1, ..), which every unit reads, so it has two values. What is
+    # added keeps both streams equally long, and the norms, set to that length, leave them as they are.
+    sizes = {
+        "hidden_size": 4,
+        "intermediate_size": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 2,
+    }
+    model = tiny("llama", num_hidden_layers=2, hidden_act="relu", vocab_size=2, rms_norm_eps=1e-12, **sizes)
+    model.model.embed_tokens.weight[:] = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0]])
+    first, second = model.model.layers
+    made = [  # the squared length, then for each channel its two values and what it adds for a value of 1
+        (1, first.input_layernorm, first.self_attn.v_proj, first.self_attn.o_proj,
+         [(1, -1), (1, -1), (1, -1), (1, 1)], [(0, 0, 1, 0), (0, 0, -1, 0), (0, 0, 1, 1), (0, 0, 1, -1)]),
+        (5, first.post_attention_layernorm, first.mlp.up_proj, first.mlp.down_proj,  # (1, 0, 2, 0), (0, 1, 0, -2)
+         [(1, 1), (1, -1), (1, -1)], [(0, 0, -1, 1), (0, 0, 0, 1), (0, 0, 1, -2)]),
+        (5, second.input_layernorm, second.self_attn.v_proj, second.self_attn.o_proj,  # (1, 0, 2, 0), (0, 1, -2, 0)
+         [(3, -1), (1, 1), (2, 0), (0, 0)], [(0, 0, 0, 1), (0, 0, -1, -2), (0, 0, 1, 1), (1, 2, 3, 4)]),
+        (19, second.post_attention_layernorm, second.mlp.up_proj, second.mlp.down_proj,  # (1, 0, 3, 3), (0, 1, -3, -3)
+         [(2, -2), (1, 1), (0, 2)], [(1, 0, 0, 0), (1, 2, 3, 4), (0, 1, 1, 0)]),
+    ]  # fmt: skip
+    for length, norm, reads, writes, values, columns in made:
+        norm.weight.fill_(math.sqrt(length) / 2)
+        reads.weight.zero_()
+        reads.weight[:, :2] = torch.tensor(values).float()
+        writes.weight[:] = torch.tensor(columns).float().T
+    for block in (first, second):
+        block.mlp.gate_proj.weight[:] = torch.tensor([1.0, 1, 0, 0])  # 1 for both
+    pruner = pruner_by_hand(model, torch.tensor([[0, 0], [1, 1]]), torch.tensor([[0, 1]]))
+    spread = math.sqrt(172 / 3)
+    for variance in ("paper", "released"):  # of two windows, they are the same
+        found = hand_scores(pruner, flap.Fluctuation(variance=variance))
+        # attention squares once more and takes a head's mean: 1, 1, 4, 0 - 3/2 = -1/2, -1/2, 5/2, -3/2; 16, 0, 4, 0 - 5
+        assert are(found.attention, [[-0.5 / math.sqrt(3), 0.5 / math.sqrt(3)], [3 / spread, -3 / spread]])
+        assert are(
+            found.mlp, [[-2 / math.sqrt(7), -1 / math.sqrt(7), 3 / math.sqrt(7)], [1, -1, 0]]
+        )  # 0, 1, 5; 4, 0, 2
 
 
 # ---------------------------------------------------------------------------------------- numerics
@@ -421,7 +661,7 @@ def test_standardise():
 # ---------------------------------------------------------------------------------------- saap
 
 
-def taylor(seed=0, samples=6, heads=(4, 4, 2), channels=(8, 8, 8)) -> dict[str, tuple[Tensor, ...]]:
+def drawn_taylor(seed=0, samples=6, heads=(4, 4, 2), channels=(8, 8, 8)) -> dict[str, tuple[Tensor, ...]]:
     generator = torch.Generator().manual_seed(seed)
 
     def made(widths, scale):
@@ -442,7 +682,7 @@ def objective(log_v, log_e, v, e):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_closed_form_is_the_minimum(seed):
-    found = taylor(seed)
+    found = drawn_taylor(seed)
     v, e = found["vector_mlp"][0].double().flatten(), found["element_mlp"][0].double().flatten()
     s_v, s_e = saap.noise(v, e)
     logs = torch.tensor([math.log(s_v), math.log(s_e)], dtype=torch.double, requires_grad=True)
@@ -474,7 +714,7 @@ def fused_by_hand(found: dict[str, tuple[Tensor, ...]], kind: str, scope: str, b
 @pytest.mark.parametrize("scope", ["module", "block"])
 @pytest.mark.parametrize("sigma", ["closed", "learned"])
 def test_without_stability_saap_is_fusion_alone(scope, sigma):
-    found = taylor()
+    found = drawn_taylor()
     scores = saap.Saap(stability=0.0, scope=scope, sigma=sigma).score(request_of(found))
     assert not scores.comparable
     total = torch.zeros(3, dtype=torch.double)
@@ -489,7 +729,7 @@ def test_without_stability_saap_is_fusion_alone(scope, sigma):
 
 def test_what_fluctuates_is_kept_less():
     """keep = z(mean) - lambda z(std / mean), both within a (block, kind)."""
-    found = taylor()
+    found = drawn_taylor()
     scores = saap.Saap(stability=0.7).score(request_of(found))
     v, e = found["vector_mlp"], found["element_mlp"]
     s_v, s_e = (float(torch.cat([x.flatten() for x in t]).double().mean()) for t in (v, e))
@@ -504,7 +744,7 @@ def test_what_fluctuates_is_kept_less():
 
 
 def test_scopes_differ_where_blocks_do():
-    found = taylor()
+    found = drawn_taylor()
     found["vector_mlp"] = tuple(x * (10.0**i) for i, x in enumerate(found["vector_mlp"]))
     module, block = (saap.Saap(scope=s).score(request_of(found)) for s in ("module", "block"))
     assert not close(module.block, block.block, 1e-2)

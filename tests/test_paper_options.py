@@ -69,19 +69,49 @@ def test_the_greedy_loop_removes_the_block_whose_absence_is_best_each_time():
 def test_quality_by_what_is_written_is_sacrebleus_chrf():
     from sacrebleu import corpus_chrf
 
-    own, tokenizer = pruner(), tiny_tokenizer()
-    own.__dict__["tokenizer"] = tokenizer
+    own = pruner()
     plan = PruningPlan.keep(own.checkpoint.shape, (0, 2, 4))
     (found,) = own.request(frozenset()).quality([plan], "chrf")
-    windows = own.texts[0]
-    model, half = build_model(plan, own.checkpoint), windows.shape[1] // 2
-    written = []
-    for row in windows[:, :half]:
-        for _ in range(windows.shape[1] - half):
-            row = torch.cat([row, logits(model, row[None])[0, -1].argmax()[None]])
-        written.append(tokenizer.decode(row[half:].tolist()))
-    references = [tokenizer.decode(row[half:].tolist()) for row in windows]
+    written, references = continued(own, plan)
     assert found == pytest.approx(-corpus_chrf(written, [references], word_order=2).score)
+
+
+def continued(own: TinyPruner, plan: PruningPlan) -> tuple[list[str], list[str]]:
+    """Return what a plan's model writes behind the first half of each window, token by token, and the second halves."""
+    windows, decode = own.texts[0], tiny_tokenizer().decode
+    model, half = build_model(plan, own.checkpoint), windows.shape[1] // 2
+    rows = windows[:, :half]
+    for _ in range(windows.shape[1] - half):
+        rows = torch.cat([rows, logits(model, rows)[:, -1].argmax(-1)[:, None]], 1)
+    return [decode(row[half:].tolist()) for row in rows], [decode(row[half:].tolist()) for row in windows]
+
+
+def chrf_of(own: TinyPruner, plan: PruningPlan) -> float:
+    """Return minus chrF++ of what a plan's model writes, from sacrebleu's own counts."""
+    from sacrebleu.metrics import CHRF
+
+    written, references = continued(own, plan)
+    return -CHRF(word_order=2).corpus_score(written, [references]).score
+
+
+def test_greedys_score_by_chrf_is_that_of_what_is_written_without_each_block():
+    own = pruner()
+    plan = PruningPlan.keep(own.checkpoint.shape, (0, 1, 3, 5))
+    scores = Greedy(measure="chrf").score(own.request(frozenset(), plan)).block
+    assert scores is not None
+    expected = [chrf_of(own, without(own, plan, {i})) for i in range(4)]
+    assert scores.tolist() == pytest.approx(expected, rel=1e-4)
+    assert max(expected) - min(expected) > 1, "what is written tells blocks apart"
+
+
+def test_the_greedy_loop_by_chrf_removes_the_block_without_which_the_rest_writes_best_each_time():
+    own = pruner("llama")
+    plan = PruningPlan.identity(own.checkpoint.shape)
+    for _ in range(3):
+        plan = min((without(own, plan, {i}) for i in range(1, len(plan.blocks) - 1)), key=lambda p: chrf_of(own, p))
+    paper = RemoveBlocks(blocks=3, progressive=True, protect_first=1, protect_last=1)
+    assert own.plan(Greedy(measure="chrf"), paper, 0.0).blocks == plan.blocks
+    assert own.plan(Greedy(), paper, 0.0).blocks != plan.blocks, "by the loss, others go"
 
 
 def test_quality_by_turn_is_the_distance_of_the_last_blocks_output():

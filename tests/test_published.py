@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from flexi_baselines.flap import Flap
 from flexi_baselines.flap_structures import linear_weights
+from flexi_baselines.wanda_sp import WandaSp
 from tiny import family_of
 from transformers import AutoConfig
 
@@ -177,6 +178,31 @@ def test_ratios_of_so_many_blocks_follow_from_shapes():
             assert float(line["ratio"]) == pytest.approx(share, abs=5e-5), line
             checked.add((line["model"], count))
     assert len(checked) == 8
+
+
+NARROWING = {"FLAP": Flap, "Wanda-sp": WandaSp}
+
+
+def test_ratios_of_a_share_of_the_blocks_weights_follow_from_shapes():
+    """A note says "0.2 of the weights of the blocks", which is the method's own knob: the ratio is what it removes."""
+    checked = set()
+    for line in lines():
+        found = re.match(r"(?:.*; )?(0\.\d+) of the weights of the blocks", line["note"])
+        assert bool(found) == (line["method"] in NARROWING), line
+        key = found and (line["model"], line["method"], line["ratio"], float(found[1]))
+        if key and key not in checked:
+            plan = count_only(shape_of(key[0]), NARROWING[key[1]](fraction=key[3]), 0.0)
+            assert float(key[2]) == pytest.approx(plan.ratio, abs=5e-5), line
+            checked.add(key)
+    assert len(checked) == 8
+
+
+def test_what_flexigpt_contradicts_is_noted():
+    """Section 5.2 and Table 5 differ in the tokens; the times of Table 6 and the parameters of appendix A, in the blocks."""
+    told = {"FlexiGPT Table 5": ("1B tokens", "10B"), "FlexiGPT Table 6": ("11 blocks", "fit 9")}
+    noted = [x for x in lines() if x["source"] in told and (x["source"].endswith("5") or x["method"] != "dense")]
+    assert len(noted) == 25
+    assert all(part in line["note"] for line in noted for part in told[line["source"]])
 
 
 # ----------------------------------------------------------------------------------------- sizes that papers state

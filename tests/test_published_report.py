@@ -69,18 +69,27 @@ def test_a_strategy_of_the_paper_is_not_enough_unless_it_chooses_by_itself() -> 
     assert paired([replace(LINE, method="MKA")], record("none", "mka")) == [("MKA", "none x mka", 9.5, 12.5)]
 
 
-def test_a_variant_goes_with_its_method_and_another_method_does_not() -> None:
-    variants = [replace(LINE, method=m) for m in ("LLM-Pruner Element1", "LLM-Pruner", "Taylor+", "Taylor")]
+def test_a_variant_that_names_no_counterpart_is_not_its_method() -> None:
+    names = ("LLM-Pruner Element1", "LLM-Pruner Random", "LLM-Pruner", "Taylor+", "Taylor", "Taylor (Taylor+)")
+    variants = [replace(LINE, method=m) for m in names]
     found = paired(variants, record("llm-pruner", "remove-units"), record("taylor", "remove-blocks"))
-    assert [method for method, *_ in found] == ["LLM-Pruner Element1", "LLM-Pruner", "Taylor"]
+    assert [method for method, *_ in found] == ["LLM-Pruner", "Taylor"]
 
 
-def test_beside_a_variant_stand_the_options_of_ours() -> None:
-    line = replace(LINE, method="LLM-Pruner Channel")
+def test_beside_a_line_that_names_options_stand_those_of_ours() -> None:
+    line = replace(LINE, method="LLM-Pruner Element1", counterpart="llm-pruner x remove-units, taylor=param_first")
+    others = [
+        replace(LINE, method="LLM-Pruner"),
+        replace(LINE, method="LLM-Pruner Channel", counterpart="-"),
+        replace(LINE, method="LLM-Pruner Element2", counterpart="llm-pruner x remove-units, taylor=param_second"),
+    ]
     options = '{"metric": {"taylor": "param_first"}, "strategy": {"multiple": 8}, "evaluation": {"window": 2048}}'
-    text = page([line, replace(LINE, method="LLM-Pruner")], record("llm-pruner", "remove-units", options=options))
-    assert "| llm-pruner x remove-units (taylor=param_first, multiple=8) |" in text
-    assert "| llm-pruner x remove-units |" in text
+    text = page([line, *others], record("llm-pruner", "remove-units", options=options))
+    table = [line.split(" | ") for line in text.splitlines() if line.startswith("| LLM-Pruner")]
+    assert [(cells[0], cells[4]) for cells in table] == [
+        ("| LLM-Pruner Element1", "llm-pruner x remove-units (taylor=param_first, multiple=8)"),
+        ("| LLM-Pruner", "llm-pruner x remove-units"),
+    ]
 
 
 def test_a_line_that_names_its_counterpart_has_no_other_beside_it() -> None:

@@ -27,7 +27,7 @@ EXPLAINED = """\
   ranked with ours, and lines are in the order of the file.
 - Ours: the records of this study by the metric, the strategy and the options that the file names as the counterpart of a line
   (`-`: there is none). Where it names nothing, by metric and strategy (or a strategy that goes without scores) of the method's
-  paper, else by its metric alone: then compare the options first.
+  paper, else by its metric alone: then compare the options first. A variant of a method has to name its counterpart.
 - Ratios are as published; the true ratio is the share of our model's stored parameters that is gone. Accuracies are in
   percent."""
 
@@ -148,11 +148,9 @@ def _is_counterpart(told: str, row: Row) -> bool:
 
 
 def _closeness(method: str, row: Row, papers: Papers) -> int:
-    wanted = {_plain(method), _plain(method.split()[0])}  # "LLM-Pruner Element1" is a variant of LLM-Pruner
-
     def goes_by_it(kind: str) -> bool:
         name = row[kind]
-        return bool(wanted & {_plain(name), _plain(papers.get((kind, name), "").partition(",")[0])})
+        return _plain(method) in (_plain(name), _plain(papers.get((kind, name), "").partition(",")[0]))
 
     if goes_by_it("strategy") and (goes_by_it("metric") or row["metric"] == "none"):
         return 2
@@ -207,7 +205,7 @@ def _our_method(pair: Row) -> str:
     if pair["our_strategy"] is None:
         return "dense"
     told = [pair["variant"]] if pair["variant"] else []
-    if len(pair["method"].split()) > 1:  # a variant
+    if "," in pair["counterpart"]:  # it names options: beside those stand the ones of ours
         told = [
             f"{k.partition('.')[2]}={v}" for k, v in pair["options"].items() if k.startswith(("metric.", "strategy."))
         ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, ClassVar
@@ -14,13 +14,14 @@ from torch import Tensor
 
 from flexi_plugins.checkpoint import Checkpoint
 from flexi_plugins.data import BlockRecipe, ModelShape, Part, PruningPlan, Scores
+from flexi_plugins.errors import FlexiError, OutOfReach
 from flexi_plugins.execution.sweep import Planned
 from flexi_plugins.hookspecs import Budget, ImportanceMetric, PruningRequest, ReplacementStrategy
 from flexi_plugins.metrics.none import NoMetric
 from flexi_plugins.plugins import Plugins
 from flexi_plugins.pruner import Pruner
 from flexi_plugins.rewrite import PlanWeights, unit_rows
-from flexi_plugins.testing.models import KINDS, tiny_checkpoint, tiny_tokens
+from flexi_plugins.testing.models import KINDS, tiny_checkpoint, tiny_tokenizer, tiny_tokens
 
 SCORES = ("block", "attention", "mlp")
 WINDOWS, SAMPLES = (8, 24), (4, 16)  # rows, tokens
@@ -33,11 +34,16 @@ def expect(holds: object, message: str) -> None:
 
 
 class TinyPruner(Pruner):
-    """A pruner that is calibrated on random token ids, so that it needs neither text nor a tokenizer."""
+    """A pruner that is calibrated on random token ids, and reads a token as a byte: it needs no files."""
 
     def __init__(self, checkpoint: Checkpoint, plugins: Plugins, dtype: str = "float32") -> None:
         super().__init__(checkpoint, plugins=plugins, dtype=dtype)
         self._made: dict[tuple[str, str, float], Planned] = {}
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """A token a byte: for what compares written text."""
+        return tiny_tokenizer()
 
     @cached_property
     def texts(self) -> tuple[Tensor, Tensor, str]:
@@ -256,15 +262,41 @@ def difference(a: Tensor, b: Tensor) -> float:
     return worst if worst == worst else float("inf")
 
 
-def alternatives(value: Any) -> list[Any]:
-    """Return the object once for every other choice of each of its Literal and bool options."""
+def alternatives(value: Any) -> dict[str, list[Any]]:
+    """Return, by option, the object once for every other choice of each of its Literal and bool options."""
     hints = typing.get_type_hints(type(value))
-    found = []
+    found = {}
     for field in dataclasses.fields(value):
         hint = hints[field.name]
         choices: tuple[Any, ...] = (True, False) if hint is bool else ()
         if typing.get_origin(hint) is typing.Literal:
             choices = typing.get_args(hint)
         now = getattr(value, field.name)
-        found += [replace(value, **{field.name: c}) for c in choices if field.init and c != now]
+        others = [replace(value, **{field.name: c}) for c in choices if field.init and c != now]
+        if others:
+            found[field.name] = others
     return found
+
+
+def working_choices(value: Any, run: Callable[[Any], Any]) -> Iterator[tuple[Any, Any]]:
+    """Yield (object, what ``run`` makes of it) for every other choice of an option that no FlexiError refuses.
+
+    Raise an AssertionError if all other choices of an option are refused: then nothing shows that it does anything. A
+    ratio within reach is not refused for a good reason.
+    """
+    for option, others in alternatives(value).items():
+        refusals = []
+        for other in others:
+            try:
+                made = run(other)
+            except OutOfReach:
+                raise
+            except FlexiError as error:
+                refusals.append(f"{getattr(other, option)!r}: {error}")
+            else:
+                yield other, made
+        expect(
+            len(refusals) < len(others),
+            f"option {option!r}: expected a choice besides {getattr(value, option)!r} that works, found all refused; "
+            f"{'; '.join(refusals)}",
+        )
