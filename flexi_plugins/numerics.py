@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexi_plugins.precision import products
+from flexi_plugins.precision import widens
 
 PIECE = 2**18  # elements of a temporary: 1 MiB of float32, so that what follows on it finds it in the cache
 PRODUCT = 256  # rows from which on a matrix product runs at full speed
@@ -26,15 +26,20 @@ def pieces(length: int, width: int, least: int = 1) -> Iterator[slice]:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """Return the matrix product a @ b in float32.
+    """Return the matrix product a @ b of (rows, inner) and (inner, columns) in float32.
 
     bfloat16 factors are multiplied as they are, twice as fast: the sums are float32 inside, and each is rounded once to
     bfloat16, like everything that a model of that dtype computes. float16 could overflow.
     """
-    if a.dtype == b.dtype == torch.bfloat16:
-        with products(a.dtype, a.device):
-            return (a @ b).float()
-    return a.float() @ b.float()
+    if not a.dtype == b.dtype == torch.bfloat16:
+        return a.float() @ b.float()
+    if not widens(a.dtype, a.device):
+        return (a @ b).float()
+    found, wide = torch.empty(len(a), b.shape[1], device=a.device), b.float()
+    rows, inner = a.shape
+    for part in pieces(rows, inner, PRODUCT):
+        found[part] = (a[part].float() @ wide).bfloat16()
+    return found
 
 
 def difference(a: Tensor, b: Tensor) -> Tensor:

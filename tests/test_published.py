@@ -44,6 +44,7 @@ QWEN_3_8B = {
 }
 OTHERS = {
     "meta-llama/Llama-2-13b-hf": {"model_type": "llama", **LLAMA_2_13B},
+    "huggyllama/llama-13b": {"model_type": "llama", **LLAMA_2_13B},
     "Qwen/Qwen3-8B": {"model_type": "qwen3", **QWEN_3_8B},
     "meta-llama/Meta-Llama-3-8B": "meta-llama/Llama-3.1-8B",
 }

@@ -54,6 +54,7 @@ def one_index_of_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 KNOWN_TASKS = cache(harness.known_tasks)
+counted = cache(count_only)  # the same sizes are planned for many metrics and recipes
 
 
 def study_of(name: str, plugins: Plugins) -> StudyFile:
@@ -71,7 +72,7 @@ def plans(name: str, plugins: Plugins) -> list[PruningPlan]:
     for method, ratios in {s: r for _, s, r in study.combinations}.items():
         strategy = plugins.get("strategy", method.name, method.options)
         for ratio in (0.0,) if own_knob(strategy) else ratios:
-            made.append(count_only(shape_of(study), strategy, ratio))
+            made.append(counted(shape_of(study), strategy, ratio))
     return made
 
 
@@ -221,7 +222,7 @@ def test_a_recipe_has_its_own_published_numbers_beside_it_and_no_others(name: st
         strategy = plugins.entry("strategy", method.name, method.options)
         options = {"metric": options_json(scored.object), "strategy": options_json(strategy.object)}
         for ratio in (0.0,) if own_knob(strategy.object) else ratios:
-            plan = count_only(shape_of(study), strategy.object, ratio)
+            plan = counted(shape_of(study), strategy.object, ratio)
             cell = Cell(study.model, "f" * 64, "c" * 64, metric.name, method.name, ratio, "none", 0, "", ())
             cell = replace(cell, options=json.dumps(options), plugins=(scored.provenance, strategy.provenance))
             records.append(Record(cell, "complete", measurements=measurements, plan=plan))
