@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import importlib.metadata
 import itertools
 import math
 import tomllib
@@ -28,6 +29,7 @@ from flexi_baselines import (
     taylor,
 )
 from test_architecture import PUBLIC
+from test_baselines_units import MODULES as OF_UNITS
 from tiny import close, logits, sharing
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -69,6 +71,12 @@ def test_every_module_with_hooks_has_an_entry_point():
     listed = tomllib.loads((FOLDER / "pyproject.toml").read_text())["project"]["entry-points"]["flexi_plugins"]
     hooked = sorted(f"flexi_baselines.{p.stem}" for p in SOURCES if "@hookimpl" in p.read_text())
     assert sorted(listed.values()) == hooked
+
+
+def test_every_installed_entry_point_is_checked_here_or_with_the_units():
+    installed = importlib.metadata.distribution("flexi-baselines").entry_points.select(group="flexi_plugins")
+    checked = [module.__name__ for module in (*MODULES, *OF_UNITS)]
+    assert sorted(point.value for point in installed) == sorted(checked)
 
 
 # ------------------------------------------------------------------------------------------------- helpers

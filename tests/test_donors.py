@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -311,6 +313,24 @@ def test_on_trained_weights_both_factorisations_choose_the_same_donors():
         return [min((p for p in distances if block in p), key=distances.__getitem__) for block in range(6)]
 
     assert nearest(found) == nearest(exact)
+
+
+RECORDS = Path(__file__).parents[1] / "results" / "flexigpt-ablation-smollm2" / "records"
+CHOSEN = {  # of the nine blocks that go at 20 %, in their order
+    "reconstruction": [4, 11, 11, 8, 18, 18, 18, 0, 0],
+    "frobenius": [18] * 9,
+    "difference": [0] * 9,
+}
+
+
+@pytest.mark.parametrize("distance", CHOSEN)
+def test_only_the_papers_distance_does_not_give_all_blocks_one_donor(distance):
+    """Of SmolLM2 at 20 %, in every committed plan."""
+    plans = [json.loads(file.read_text())["plan"] for file in sorted(RECORDS.glob("*-share-lora-*.json"))]
+    found = [p["blocks"] for p in plans if p["origin"]["strategy_options"]["donor"] == distance]
+    assert len(found) >= 2
+    for blocks in found:
+        assert [b["shares"] for b in blocks if "shares" in b] == CHOSEN[distance]
 
 
 # ---------------------------------------------------------------------------------------- adapters

@@ -97,15 +97,19 @@ def test_torch_prunings_pruner_cuts_the_heads_and_channels_that_come_ranks_lowes
 
 @pytest.mark.filterwarnings(UNTRACED)
 @pytest.mark.parametrize("metric", ["flexigpt", "saap"])
-@pytest.mark.parametrize("kind", ["llama-mha", "qwen2"])
-def test_torch_prunings_pruner_cuts_the_channels_that_a_metric_ranks_lowest(metric: str, kind: str) -> None:
-    """Of grouped KV heads too: their MLPs go through torch-pruning's graph."""
+@pytest.mark.parametrize(("kind", "heads"), [("llama-mha", 0.25), ("llama-mha", 0.0), ("qwen2", 0.0)])
+def test_torch_prunings_pruner_cuts_the_heads_and_channels_that_a_metric_ranks_lowest(
+    metric: str, kind: str, heads: float
+) -> None:
+    """Of grouped KV heads the channels alone: their MLPs go through torch-pruning's graph."""
     model = traced(kind)
     original = copy.deepcopy(model).requires_grad_(False)
     importance = FlexiImportance.on_tokens(model, WINDOWS, metric)
-    theirs = pruned_by_torch_pruning(model, importance, pruning_ratio=0.5)
-    scores = scored(original, metric).mlp
-    gone = {(i, "mlp"): lowest(s, CHANNELS // 2) for i, s in enumerate(scores)}
+    theirs = pruned_by_torch_pruning(model, importance, heads=heads, pruning_ratio=0.5)
+    scores = scored(original, metric)
+    gone = {(i, "mlp"): lowest(s, CHANNELS // 2) for i, s in enumerate(scores.mlp)}
+    if heads:
+        gone |= {(i, "attention"): lowest(s, int(heads * HEADS)) for i, s in enumerate(scores.attention)}
     assert same(built(without_units(opened(original).shape, gone), original), theirs.requires_grad_(False))
 
 

@@ -454,10 +454,7 @@ def test_greedys_and_slebs_scores_by_hand(by_hand):
 # of that over what they make (of all their query heads), with one sign each. So a KV head has |v| of its value and what
 # is added by its query heads, a channel twice its sum and what is added. Query and key have none: their values are alike.
 VECTOR_ATTENTION = [[[6, 2], [2, 1]], [[4, 8], [8, 6]]]  # block, then sample A and B, then unit
-ELEMENT_ATTENTION = [
-    [[6, 2], [2, 1]],
-    [[8, 8], [8, 6]],
-]  # block 1, KV head 0, A: (2, 2, 0, 0) has (2, -4): 2 + 2 or 2 + 6
+ELEMENT_ATTENTION = [[[6, 2], [2, 1]], [[8, 8], [8, 6]]]  # block 1, KV head 0, A: (2, -4) is 2 + 6
 VECTOR_MLP = [[[9, 21], [3, 3]], [[3, 15], [6, 0]]]  # block 0, C0, A: (0, 1, -1, 1) has (0, -2, 2, 3): 3 x 3
 ELEMENT_MLP = [[[13, 21], [5, 5]], [[7, 15], [6, 2]]]  # 2 x 3 + 7
 

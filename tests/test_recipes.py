@@ -126,6 +126,40 @@ def test_as_many_blocks_go_as_the_paper_says(name: str, plugins: Plugins) -> Non
     assert [len(p.shape.blocks) - len(p.blocks) for p in plans(name, plugins)] == REMOVED[name]
 
 
+# Parameters of a model and of one of its blocks: four maps of hidden x hidden (in Llama 3 the key and value maps have a
+# quarter of its rows) and three of the MLP, and two norms; twice the vocabulary, and the last norm.
+LLAMA_2_7B = 2 * 32000 * 4096 + 4096, 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
+LLAMA_3_8B = 2 * 128256 * 4096 + 4096, (2 + 2 / 4) * 4096**2 + 3 * 4096 * 14336 + 2 * 4096
+LEFT = {  # recipe -> its model, and how many of the 32 blocks each strategy leaves
+    "sleb": (LLAMA_2_7B, [28, 25]),
+    "mka": (LLAMA_3_8B, [18, 18]),
+    "llm-streamline": (LLAMA_2_7B, [24, 25, 23]),
+    "shortgpt": (LLAMA_2_7B, [23]),
+    "iterative-layer-pruning": (LLAMA_3_8B, [24, 20, 16]),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_whole_blocks_are_counted_with_all_their_parameters(name: str, plugins: Plugins) -> None:
+    (rest, block), left = LEFT[name]
+    assert [p.stored_parameters for p in plans(name, plugins)] == [rest + count * block for count in left]
+
+
+def test_iterative_layer_pruning_leaves_the_billions_of_its_table(plugins: Plugins) -> None:
+    """Of Aya Expanse 8B, which has as many parameters as Llama-3.1-8B to three digits."""
+    found = [p.stored_parameters for p in plans("iterative-layer-pruning", plugins)]
+    assert [int(count / 1e7) / 100 for count in found] == [6.28, 5.41, 4.54]
+
+
+def test_laco_leaves_23_blocks_at_27_percent(plugins: Plugins) -> None:
+    """Each merge of four blocks leaves one; which T leaves how many is the model's to say."""
+    study = study_of("laco", plugins)
+    strategies = [plugins.get("strategy", s.name, s.options) for s in study.strategies]
+    found = [count_only(shape_of(study), s, 0.27) for s in strategies if not own_knob(s)]
+    rest, block = LLAMA_2_7B
+    assert [(len(p.blocks), p.stored_parameters) for p in found] == [(32 - 3 * 3, rest + 23 * block)] * 2
+
+
 def test_flexigpt_replaces_nine_and_twelve_blocks_with_adapters_of_rank_256(plugins: Plugins) -> None:
     """As ratios of what is stored, 30 % and 40 % are more blocks: adapters count."""
     shared, removed = [], []
@@ -148,6 +182,28 @@ def test_wanda_sp_removes_whole_heads_of_every_block(plugins: Plugins) -> None:
     study = study_of("wanda-sp", plugins)
     fractions = [s.options["fraction"] for s in study.strategies]
     assert [wanda_sp.going(shape_of(study), 0, f) for f in fractions] == [(6, 2201), (9, 3302), (16, 5504)]
+
+
+HEAD, CHANNEL = 4 * 128 * 4096, 3 * 4096  # parameters of a unit of LLaMA-7B
+
+
+def test_wanda_sp_leaves_the_parameters_of_the_heads_and_channels_that_stay(plugins: Plugins) -> None:
+    gone = [32 * (heads * HEAD + channels * CHANNEL) for heads, channels in ((6, 2201), (9, 3302), (16, 5504))]
+    whole = LLAMA_2_7B[0] + 32 * LLAMA_2_7B[1]  # LLaMA-7B has the same shape
+    assert [p.stored_parameters for p in plans("wanda-sp", plugins)] == [whole - g for g in gone]
+    assert [g / (32 * (32 * HEAD + 11008 * CHANNEL)) for g in gone] == pytest.approx([0.2, 0.3, 0.5], abs=0.012)
+
+
+def test_flap_takes_its_fraction_of_the_blocks_weights_and_adds_a_bias_where_units_go(plugins: Plugins) -> None:
+    """The authors' threshold may be off by half a head either way, and takes the unit at it as well."""
+    study, units = study_of("flap", plugins), 32 * (32 * HEAD + 11008 * CHANNEL)
+    for method in study.strategies[:4]:
+        plan = count_only(shape_of(study), plugins.get("strategy", method.name, method.options), 0.0)
+        found = plan.new_shape.blocks
+        gone = sum((32 - b.kv_heads) * HEAD + (11008 - b.channels) * CHANNEL for b in found)
+        assert -HEAD / 2 <= gone - method.options["fraction"] * units <= 1.5 * HEAD
+        touched = sum((b.kv_heads < 32) + (b.channels < 11008) for b in found) if "bias" not in method.options else 0
+        assert plan.stored_parameters == plan.shape.parameters - gone + 4096 * touched
 
 
 def test_the_structures_of_flap_keep_as_many_heads_and_channels_as_its_script_says(plugins: Plugins) -> None:

@@ -2,10 +2,11 @@
 
     python -m flexi_plugins.integrations.llm_pruner pytorch_model.bin pruned --allow-pickle
 
-From its code: ``torch.save({"model": module, "tokenizer": tokenizer})``, the module whole, its maps sliced and its
-configuration as before. That is a pickle, and opening one runs whatever code its maker put into it: it is refused unless
-asked for in so many words. Opening it also takes the modules that its classes come from. The model itself is not run: its
-tensors are read, and what LLM-Pruner prunes (heads, channels, hidden dimensions, last layers) is told from their shapes.
+It follows LLM-Pruner's code as we read it, and was not driven with LLM-Pruner's own scripts. From that code:
+``torch.save({"model": module, "tokenizer": tokenizer})``, the module whole, its maps sliced and its configuration as
+before. That is a pickle, and opening one runs whatever code its maker put into it: it is refused unless asked for in so
+many words. Opening it also takes the modules that its classes come from. The model itself is not run: its tensors are
+read, and what LLM-Pruner prunes (heads, channels, hidden dimensions, last layers) is told from their shapes.
 """
 
 from __future__ import annotations
