@@ -245,8 +245,9 @@ def test_of_what_was_not_trained_or_trained_apart_it_says_that():
     said["facts"] = {"kept_tokens": 0, "kept_held_out_block_loss": 2.0}
     assert "lora at 0.2: the held-out loss of the training did not fall either" in markdown([plain, after])
     said["curve"] = []
-    assert "lora at 0.2: nothing was trained, so that what differs is how the weights are stored" in markdown(
-        [plain, after]
+    assert (
+        "lora at 0.2: the method notes no training, so that all that differs is what it did to the weights"
+        in markdown([plain, after])
     )
 
 
@@ -257,6 +258,11 @@ def test_a_budget_that_was_not_used_is_named_but_for_what_fills_no_window(traine
     page = markdown([dense(), record("come", "remove-units", perplexity=50.0), after])
     told = f"was trained on fewer tokens than it was to be: {trained_tokens} of 64 tokens"
     assert (told in page) == named
+
+
+def test_why_a_training_helped_nothing_is_in_no_row_of_one_that_helped():
+    rows = store.rows([dense(), record("come", "remove-units", perplexity=50.0), trained("come", "remove-units", 25.0)])
+    assert "recovery_reason" not in Csv().render(rows, "demo").splitlines()[0]
 
 
 def test_a_training_that_was_stopped_is_named_although_it_helped():

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import torch
 
-from flexi_plugins.data import PruningPlan
+from flexi_plugins.data import BlockShape, PruningPlan
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.execution.blocks import Blocks
 from flexi_plugins.execution.readout import HEAD_ROWS
@@ -135,12 +135,16 @@ def _reads(blocks: Blocks, needs: Sequence[Collection[str]], groups: int, capaci
     return total
 
 
+def _widths(plans: Sequence[PruningPlan], nodes: Sequence[Node]) -> list[BlockShape]:
+    return [plans[n.owner].block_shape(plans[n.owner].blocks[n.position]) for n in nodes]
+
+
 def _working_bytes(
     blocks: Blocks, plans: Sequence[PruningPlan], nodes: Sequence[Node], shape: Shape, observed: bool
 ) -> int:
     """Return an estimate from above of what running one batch through the widest block, and the head, takes."""
     model, (rows, tokens) = blocks.checkpoint.shape, shape
-    widths = [plans[n.owner].block_shape(plans[n.owner].blocks[n.position]) for n in nodes]
+    widths = _widths(plans, nodes)
     channels = max(w.channels for w in widths)
     heads = max(w.query_heads * w.head_dim for w in widths)
     inside = rows * tokens * (8 * model.hidden + 4 * channels + 12 * heads) + 2 * rows * tokens * tokens
@@ -158,12 +162,6 @@ def _widened_bytes(blocks: Blocks, plans: Sequence[PruningPlan], nodes: Sequence
     if not widens(blocks.dtype, blocks.device):
         return 0
     shape = blocks.checkpoint.shape
-    maps = [
-        [
-            rows * columns
-            for rows, columns in shape.maps(plans[n.owner].block_shape(plans[n.owner].blocks[n.position])).values()
-        ]
-        for n in nodes
-    ]
+    maps = [[rows * columns for rows, columns in shape.maps(w).values()] for w in _widths(plans, nodes)]
     inside = max(sum(sizes) if training else max(sizes, default=0) for sizes in maps)
     return torch.float32.itemsize * max(inside, shape.vocabulary * shape.hidden)

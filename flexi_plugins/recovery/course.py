@@ -58,7 +58,7 @@ def shortfall_of(recovery: Mapping[str, Any]) -> str:
 def reason_of(recovery: Mapping[str, Any]) -> str:
     """Return what a training says of why its model is no better on other text; causes that it does not know it leaves out."""
     if not recovery["curve"]:
-        return "nothing was trained, so that what differs is how the weights are stored"
+        return "the method notes no training, so that all that differs is what it did to the weights"
     if any(STOPPED in note for note in recovery["notes"]):
         return "the training was stopped"
     losses = list(_losses(recovery))

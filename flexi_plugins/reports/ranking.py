@@ -16,7 +16,14 @@ Row = dict[Any, Any]
 METHOD = ("model", "metric", "strategy", "ratio", "recovery")
 SIZES = ("true_ratio", "stored_parameters", "runtime_parameters", "macs_per_token", "bits_per_weight", "packed_mib")
 SPEED = ("checkpoint_mib", "peak_memory_mib", "tokens_per_second")
-UNRANKED = ("label", "seed", "options", "record", "records")  # columns that are not in the leaderboard's rows
+UNRANKED = (
+    "label",
+    "seed",
+    "options",
+    "record",
+    "records",
+    "recovery_reason",
+)  # columns that are not in the leaderboard's rows
 OF_A_SEED = ("seed", "training.text")  # options in which the seeds of one method differ: theirs, and what they draw
 
 
