@@ -12,7 +12,7 @@ import torch
 from flexi_plugins.data import BlockShape, PruningPlan
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.execution.blocks import Blocks
-from flexi_plugins.execution.readout import HEAD_ROWS
+from flexi_plugins.execution.readout import head_rows
 from flexi_plugins.execution.schedule import Node, most_alive, plan_reads
 from flexi_plugins.precision import widens
 
@@ -148,7 +148,7 @@ def _working_bytes(
     channels = max(w.channels for w in widths)
     heads = max(w.query_heads * w.head_dim for w in widths)
     inside = rows * tokens * (8 * model.hidden + 4 * channels + 12 * heads) + 2 * rows * tokens * tokens
-    head = min(HEAD_ROWS, rows * tokens) * model.vocabulary * 12
+    head = min(head_rows(blocks), rows * tokens) * model.vocabulary * 12
     statistics = min(OBSERVERS, rows * tokens * channels * 16) if observed else 0
     width = torch.float32.itemsize if widens(blocks.dtype, blocks.device) else blocks.dtype.itemsize
     return max(inside * width + statistics, head)

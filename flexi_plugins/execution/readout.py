@@ -11,9 +11,11 @@ from torch import Tensor
 
 from flexi_plugins.data import PruningPlan
 from flexi_plugins.execution.blocks import NOTHING, Blocks
+from flexi_plugins.precision import widens
 from flexi_plugins.rewrite import Tensors
 
 HEAD_ROWS = 128  # positions per application of the head: 128 x 49,152 logits stay in the cache
+WIDE_HEAD_ROWS = 512  # where each application makes a copy of the head in float32
 SMALLEST = -80.0  # exp of less is no normal number, which would make it many times slower, and adds nothing
 
 Read = tuple[int, Sequence[int], Sequence[int]]
@@ -45,6 +47,11 @@ class Batch:
         return distinct[:, 0], distinct[:, 1], inverse, table[:, 2]
 
 
+def head_rows(blocks: Blocks) -> int:
+    """Return to how many positions the head is applied at once."""
+    return WIDE_HEAD_ROWS if widens(blocks.dtype, blocks.device) else HEAD_ROWS
+
+
 def read_out(
     blocks: Blocks, batch: Batch, states: Tensor, plan: PruningPlan | None = None, attached: Tensors = NOTHING
 ) -> list[Answer]:
@@ -57,9 +64,10 @@ def read_out(
     rows, columns, place, targets = batch.places
     chosen = states[rows.to(states.device), columns.to(states.device)]
     scores, greedy = torch.empty(len(place)), torch.empty(len(place), dtype=torch.bool)
-    for start in range(0, len(chosen), HEAD_ROWS):
-        logits = blocks.logits(chosen[start : start + HEAD_ROWS], plan, attached)
-        inside = (place >= start) & (place < start + HEAD_ROWS)
+    rows_at_once = head_rows(blocks)
+    for start in range(0, len(chosen), rows_at_once):
+        logits = blocks.logits(chosen[start : start + rows_at_once], plan, attached)
+        inside = (place >= start) & (place < start + rows_at_once)
         found = _scored(logits, (place[inside] - start).to(logits.device), targets[inside].to(logits.device))
         scores[inside], greedy[inside] = (x.cpu() for x in found)
     lengths = [len(targets) for _, _, targets in batch.reads]
