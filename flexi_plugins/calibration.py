@@ -1,6 +1,7 @@
 """What models do on the calibration text: statistics, losses, single blocks. One forward and backward pass for all metrics.
 
-A later step of a progressive strategy starts at the first block that changed: states and statistics before it are kept.
+A later step of a progressive strategy starts at the first block that changed: states and statistics before it are kept,
+those of the models that a search tries too, where there is room.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ class Calibrator:
             tuple[str, int], Mapping[str, Tensor]
         ] = {}  # (statistic, prefix) -> quantities of one block
         self._backward: dict[tuple[str, str], list[Mapping[str, Tensor]]] = {}  # (statistic, plan hash) -> per block
+        self._of_trials: set[int] = set()  # prefixes of the kept states that are of tried models alone
 
     def statistics(
         self, planned: Planned, needs: Iterable[str], advance: Callable[[int], None] = lambda tokens: None
@@ -83,23 +85,28 @@ class Calibrator:
             forward += sum(b.ids.numel() for b in self.gradient_batches)
         return forward + (self.samples.numel() if True in backward else 0)
 
-    def forget(self, plans: Sequence[PruningPlan]) -> None:
-        """Drop kept states and blocks that none of these plans passes."""
+    def forget(self, plans: Sequence[PruningPlan], searching: bool = False) -> None:
+        """Drop kept states and blocks that none of these plans passes. searching: states of tried models stay."""
         prefixes = {n for p in plans for n in self.sweeper.prefixes.of(p)}
+        self._of_trials = self._of_trials - prefixes if searching else set()
+        prefixes |= self._of_trials
         self.sweeper.forget(lambda prefix: prefix not in prefixes)
         if self.gradient_sweeper is not self.sweeper:
             prefixes = {n for p in plans for n in self.gradient_sweeper.prefixes.of(p)}
             self.gradient_sweeper.forget(lambda prefix: prefix not in prefixes)
         self.blocks.keep_only(list(plans))
 
-    def losses(self, planned: Sequence[Planned], progress: Callable[..., Any] = no_progress) -> list[float]:
+    def losses(
+        self, planned: Sequence[Planned], progress: Callable[..., Any] = no_progress, searching: bool = False
+    ) -> list[float]:
         """Return the mean negative log-likelihood of plans on the calibration windows, nats per token; one sweep.
 
         What they have in common with a model whose statistics were taken last is not run again, nor is a plan that was
         asked for before: the search for a higher ratio begins with that for a lower one. progress(title, total): a
-        context manager that yields ``advance(n)``.
+        context manager that yields ``advance(n)``. searching: more models like these will be tried, so their states are
+        kept if there is room; the next step of a search takes them up to the block that the last one changed.
         """
-        return self._tried("loss", planned, self._measured_losses, progress)
+        return self._tried("loss", planned, partial(self._measured_losses, searching), progress)
 
     def turns(self, planned: Sequence[Planned], progress: Callable[..., Any] = no_progress) -> list[float]:
         """Return 1 - cosine between what leaves the last block of plans and of the original, mean over tokens.
@@ -126,17 +133,29 @@ class Calibrator:
 
         return self.trials.of(measure, planned, sweep)
 
-    def _measured_losses(self, planned: Sequence[Planned], advance: Callable[[int], None]) -> list[float]:
+    def _measured_losses(
+        self, searching: bool, planned: Sequence[Planned], advance: Callable[[int], None]
+    ) -> list[float]:
         batches = [
             Batch(b.ids, [(r, range(len(row) - 1), row[1:]) for r, row in enumerate(b.ids.tolist())])
             for b in self.batches
         ]
         totals = [0.0] * len(planned)
-        for _, answers in self.sweeper.sweep(planned, batches, advance=advance):
+        keep = self._make_room(planned) if searching else False
+        known = {prefix for _, prefix in self.sweeper.kept_states}
+        for _, answers in self.sweeper.sweep(planned, batches, keep=keep, advance=advance):
             for index, answer in answers.items():
                 totals[index] -= sum(logprob for logprob, _ in answer)
+        self._of_trials |= {prefix for _, prefix in self.sweeper.kept_states} - known
         targets = sum(b.ids.numel() - len(b.ids) for b in batches)
         return [total / targets for total in totals]
+
+    def _make_room(self, planned: Sequence[Planned]) -> bool:
+        """Drop the states of models tried before that these do not pass; whether there is room for those of these."""
+        gone = self._of_trials - {n for p in planned for n in self.sweeper.prefixes.of(p.plan)}
+        self.sweeper.forget(lambda prefix: prefix in gone)
+        self._of_trials -= gone
+        return self.sweeper.can_keep(planned, self.batches)
 
     def _measured_turns(
         self, original: Planned, planned: Sequence[Planned], advance: Callable[[int], None]

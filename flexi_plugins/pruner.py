@@ -206,7 +206,9 @@ class Pruner:
             check_reach(replacement.name, budget, replacement.reach(shape))
         steps = 0
         while True:
-            request = self._request(planned, budget, chosen.needs | replacement.needs)
+            request = self._request(
+                planned, budget, chosen.needs | replacement.needs, searching=replacement.progressive
+            )
             request = replace(request, scores=self._scores(chosen, request))
             before = planned
             planned = _carried(before.plan.compose(replacement.plan(request)), before)
@@ -521,10 +523,13 @@ class Pruner:
     def _plugin(self, kind: str, given: Any) -> Any:
         return self.plugins.get(kind, given) if isinstance(given, str) else given
 
-    def _request(self, planned: Planned, budget: Budget, needs: Iterable[str]) -> PruningRequest:
+    def _request(
+        self, planned: Planned, budget: Budget, needs: Iterable[str], searching: bool = False
+    ) -> PruningRequest:
+        """Return what a metric and a strategy see of a plan's model. searching: those of further steps come after it."""
         needs = frozenset(needs)
         statistics = self.calibrator.statistics(planned, needs) if needs else Statistics({})
-        self.calibrator.forget([PruningPlan.identity(self.checkpoint.shape), planned.plan])
+        self.calibrator.forget([PruningPlan.identity(self.checkpoint.shape), planned.plan], searching)
         return PruningRequest(
             shape=planned.plan.new_shape,
             plan=planned.plan,
@@ -532,7 +537,7 @@ class Pruner:
             statistics=statistics,
             weights=PlanWeights(planned.plan, self.checkpoint, planned.attached),
             seed=self.seed,
-            quality=partial(self._quality, planned),
+            quality=partial(self._quality, planned, searching=searching),
             progress=self.progress.stage,
         )
 
@@ -542,13 +547,15 @@ class Pruner:
         plans: Sequence[PruningPlan],
         measure: str = "loss",
         tensors: Sequence[Mapping[str, Tensor]] | None = None,
+        searching: bool = False,
     ) -> list[float]:
         """Return a number for each plan, lower is better; see ``PruningRequest``. current: whose tensors are known.
 
+        searching: models like these will be tried in a further step (see ``Calibrator.losses``).
         A model that breaks down, with states that are not finite, is infinitely bad.
         """
         measures: dict[str, Callable[[list[Planned]], list[float]]] = {
-            "loss": lambda found: self.calibrator.losses(found, self.progress.stage),
+            "loss": lambda found: self.calibrator.losses(found, self.progress.stage, searching),
             "turn": lambda found: self.calibrator.turns(found, self.progress.stage),
             "chrf": lambda found: self.trials.of("chrf", found, self._chrf),
         }

@@ -7,7 +7,7 @@ import io
 import math
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,7 @@ from tiny import attached_for, change, family_of, opened, sharing, tiny, tokens
 
 from flexi_plugins.calibration import Calibrator
 from flexi_plugins.checkpoint import Checkpoint
-from flexi_plugins.data import BlockRecipe, Part, PruningPlan, Statistics
+from flexi_plugins.data import BlockRecipe, ModelShape, Part, PruningPlan, Statistics
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.execution import layout as layouts
 from flexi_plugins.execution import likelihoods as likelihoods_
@@ -38,7 +38,7 @@ from flexi_plugins.pruner import Training
 from flexi_plugins.recovery.none import NoRecovery
 from flexi_plugins.rewrite import with_digests, write_checkpoint
 from flexi_plugins.testing.bench import TinyPruner
-from flexi_plugins.testing.models import tiny_tokenizer
+from flexi_plugins.testing.models import tiny_checkpoint, tiny_tokenizer
 
 STATISTICS = {s.name: s for module in (come, flexigpt, saap) for s in module.statistics()}
 
@@ -208,6 +208,68 @@ def test_candidates_take_up_the_kept_states(folder: Path, monkeypatch: pytest.Mo
     assert len(runs) == 3 * (4 + 3 + 2 + 1), "of three batches only what follows the missing block"
     fresh = Calibrator(Blocks(open_folder(folder)), tokens(6, 8), tokens(3, 8, seed=1), STATISTICS, rows=2)
     assert fresh.losses(plans) == found
+
+
+def drop_one(shape: ModelShape, kept: Sequence[int]) -> list[Planned]:
+    return [Planned(PruningPlan.keep(shape, [i for i in kept if i != gone])) for gone in kept]
+
+
+def searched(calibrator: Calibrator, shape: ModelShape, searching: bool) -> list[list[float]]:
+    """Return the losses of the candidates of two steps of a search, of which the first takes block 3."""
+    found = []
+    for kept in ([0, 1, 2, 3, 4], [0, 1, 2, 4]):
+        calibrator.forget([Planned(PruningPlan.keep(shape, kept)).plan], searching)
+        found.append(calibrator.losses(drop_one(shape, kept), searching=searching))
+    return found
+
+
+def test_the_next_step_of_a_search_takes_candidates_up_where_the_last_one_changed_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fresh() -> Calibrator:
+        return Calibrator(Blocks(open_folder(folder)), tokens(6, 8), tokens(3, 8, seed=1), STATISTICS, rows=2)
+
+    shape = open_folder(folder).shape
+    expected = searched(fresh(), shape, False)
+    runs: list[int] = []
+    original = Blocks.run
+    monkeypatch.setattr(Blocks, "run", lambda self, *a: runs.append(a[1]) or original(self, *a))
+    calibrator = fresh()
+    assert searched(calibrator, shape, True) == expected
+    first = 4 + 4 + 3 + 2 + 1  # what all have in common, and what follows a missing block
+    assert len(runs) == 3 * (first + 3), "without 0, 1 or 2 as well as 3: of three batches only the block behind 3"
+    calibrator.forget([])
+    assert not calibrator.sweeper.kept_states
+    assert calibrator.blocks.states.held == 0
+
+
+@pytest.mark.parametrize("strategy", ["least-squares-merge", "remove-blocks"])
+def test_a_plan_hangs_not_on_what_its_search_keeps(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(pruner: TinyPruner) -> Planned:
+        options = {"progressive": True, "compensate": True} if strategy == "remove-blocks" else {}
+        return pruner.make("greedy", pruner.plugins.get("strategy", strategy, options), 0.5)
+
+    plugins, checkpoint = Plugins.load(), tiny_checkpoint("llama")
+    pruner = TinyPruner(checkpoint, plugins)
+    found = made(pruner)
+    original = set(pruner.calibrator.sweeper.prefixes.of(PruningPlan.identity(checkpoint.shape)))
+    assert {prefix for _, prefix in pruner.calibrator.sweeper.kept_states} <= original
+    monkeypatch.setattr(Sweeper, "can_keep", lambda *_: False)
+    expected = made(TinyPruner(checkpoint, plugins))
+    assert (found.plan.hash, found.plan.blocks) == (expected.plan.hash, expected.plan.blocks)
+
+
+def test_a_search_keeps_no_states_where_there_is_no_room(folder: Path) -> None:
+    shape = open_folder(folder).shape
+    plans = drop_one(shape, range(5))
+    memory = least(lambda m: Blocks(open_folder(folder), memory=m), lambda b: swept(b, plans))
+    found = []
+    for limit in (memory, None):
+        blocks = Blocks(open_folder(folder), memory=limit)
+        calibrator = Calibrator(blocks, tokens(6, 8), tokens(3, 8, seed=1), STATISTICS, rows=2)
+        found.append(calibrator.losses(plans, searching=True))
+        assert bool(calibrator.sweeper.kept_states) == (limit is None)
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ what goes wrong
