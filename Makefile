@@ -13,6 +13,7 @@
 #   make bench-training        the lora recovery beside plain transformers and peft
 #   make bench-rounding        what of a training arrives in a model that is stored in bfloat16
 #   make bench-bfloat16        bfloat16 by torch's own products, by float32 products that are rounded, and float32
+#   make bench-search          a search with the states of its candidates kept, and with every candidate run anew
 #   make bench-distill-7b      one merged block of a LLaMA-7B of random weights distilled, and its memory
 #   make bench-page            results/bench/README.md from what the benches measured
 #   make test-oldest           the engine's tests on the oldest releases that pyproject.toml allows
@@ -28,7 +29,7 @@ ENGINE_TESTS := tests/test_sweep.py tests/test_streaming.py tests/test_packing.p
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint publish readme install clean verify-engine bench-grid bench-scoring bench-7b bench-scaling bench-speculation bench-training bench-rounding bench-bfloat16 bench-distill-7b bench-page test-oldest
+.PHONY: demo test lint publish readme install clean verify-engine bench-grid bench-scoring bench-7b bench-scaling bench-speculation bench-training bench-rounding bench-bfloat16 bench-search bench-distill-7b bench-page test-oldest
 .DEFAULT_GOAL := demo
 
 install: $(INSTALLED)
@@ -96,6 +97,9 @@ bench-rounding: $(INSTALLED)
 
 bench-bfloat16: $(INSTALLED)
 	$(BIN)/python tests/bench/bfloat16.py
+
+bench-search: $(INSTALLED)
+	$(BIN)/python tests/bench/search.py
 
 bench-distill-7b: $(INSTALLED)
 	$(BIN)/python tests/bench/distill_7b.py

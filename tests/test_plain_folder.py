@@ -63,6 +63,7 @@ TRAINED = [
     "8",
     "--recovery-option=learning_rate=0.001",
     "--recovery-option=batch_tokens=256",
+    "--recovery-option=evaluate_every=1024",
 ]
 
 

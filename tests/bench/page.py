@@ -91,6 +91,15 @@ def bfloat16(found: Figures) -> str:
     )
 
 
+def search(found: Figures) -> str:
+    """Return what a search gains by keeping the states of its candidates."""
+    return (
+        f"{table(found['rows'])}\n\n{found['steps']} steps of greedy importance on {found['model']}, {found['tokens']} tokens; "
+        f"kept states take {found['share of the seconds']:.2f} of the seconds ({found['lowest']:.2f} to "
+        f"{found['highest']:.2f} in {found['rounds']} rounds), and both ways find the same plan."
+    )
+
+
 def distillation(found: Figures) -> str:
     """Return what it takes to distil one merged block of a LLaMA-7B of random weights."""
     peak, most = found["peak_gib"], found["most_gib"]
@@ -113,6 +122,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Figures], str]]] = {
     "training": ("The lora recovery, beside transformers and peft alone", "bench-training", training),
     "rounding": ("What of a training arrives in bfloat16", "bench-rounding", rounding),
     "bfloat16": ("bfloat16 with and without products of it", "bench-bfloat16", bfloat16),
+    "search": ("A search that takes its candidates up where they changed", "bench-search", search),
     "distill_7b": ("One merged block of LLaMA-7B's shapes, distilled", "bench-distill-7b", distillation),
     "verify-engine": (
         "The same answers as stock lm-eval",
