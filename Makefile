@@ -46,7 +46,7 @@ demo: $(INSTALLED)
 	$(BIN)/flexi run baselines/recipes/demo.toml
 
 test: $(INSTALLED) lint
-	$(BIN)/python -m pytest -q --durations=15 --numprocesses=logical --maxprocesses=4 --dist=loadfile
+	$(BIN)/python -m pytest -q --durations=15 --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -204,6 +204,7 @@ class Pruner:
         budget = Budget(shape.parameters, ratio)
         if not own_knob(replacement):
             check_reach(replacement.name, budget, replacement.reach(shape))
+        self.calibrator.forget([planned.plan])  # what a search left that failed
         steps = 0
         while True:
             request = self._request(
