@@ -20,7 +20,7 @@ from flexi_plugins.execution.sweep import Planned, Sweeper
 from flexi_plugins.pruner import Calibration, Pruner
 
 METRIC, STRATEGY, OPTIONS, RATIO = "greedy", "remove-blocks", {"progressive": True}, 0.1
-LENGTH, WINDOWS, ROUNDS = 128, 2, 2
+LENGTH, WINDOWS, ROUNDS = 128, 4, 2
 WAYS = {"anew": False, "kept": True}
 
 
