@@ -66,12 +66,12 @@ class Sweeper:
         self.blocks.states.drop(lambda key: key[0] is self and key[1:] not in self.kept_states)
 
     def can_keep(self, planned: Sequence[Planned], batches: Sequence[Batch]) -> bool:
-        """Whether memory holds the states behind every block of these plans, beside all weights."""
+        """Whether the states behind every block of these plans, beside all weights, leave half of the memory for states."""
         plans = [p.plan for p in planned]
         nodes = build_trie(plans, self.prefixes)
         layout = lay_out(self.blocks, plans, nodes, [b.ids.shape for b in batches], keep=True, observed=False)
         numbers = len(nodes) * sum(b.ids.numel() for b in batches) * self.blocks.checkpoint.shape.hidden
-        return not layout.streamed and numbers * self.blocks.dtype.itemsize <= layout.state_bytes
+        return not layout.streamed and 2 * numbers * self.blocks.dtype.itemsize <= layout.state_bytes
 
     def check_finite(self, plan: PruningPlan, index: int = 0) -> None:
         """Raise if the states of a plan of the last sweep were not finite: say behind which block first."""
