@@ -141,7 +141,9 @@ class Calibrator:
             for b in self.batches
         ]
         totals = [0.0] * len(planned)
-        keep = self._make_room(planned) if searching else False
+        if searching:
+            self._forget_tried_but(planned)
+        keep = searching and self.sweeper.can_keep(planned, self.batches)
         known = {prefix for _, prefix in self.sweeper.kept_states}
         for _, answers in self.sweeper.sweep(planned, batches, keep=keep, advance=advance):
             for index, answer in answers.items():
@@ -150,12 +152,11 @@ class Calibrator:
         targets = sum(b.ids.numel() - len(b.ids) for b in batches)
         return [total / targets for total in totals]
 
-    def _make_room(self, planned: Sequence[Planned]) -> bool:
-        """Drop the states of models tried before that these do not pass; whether there is room for those of these."""
+    def _forget_tried_but(self, planned: Sequence[Planned]) -> None:
+        """Drop the states of models tried before that these do not pass."""
         gone = self._of_trials - {n for p in planned for n in self.sweeper.prefixes.of(p.plan)}
         self.sweeper.forget(lambda prefix: prefix in gone)
         self._of_trials -= gone
-        return self.sweeper.can_keep(planned, self.batches)
 
     def _measured_turns(
         self, original: Planned, planned: Sequence[Planned], advance: Callable[[int], None]
