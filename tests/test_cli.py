@@ -297,11 +297,11 @@ def test_a_search_that_was_stopped_goes_on_where_it_was(
     tried: list[str] = []
     original, allowed = Calibrator._measured_losses, [6]
 
-    def measured(self: Calibrator, planned: Any, advance: Any) -> list[float]:
+    def measured(self: Calibrator, searching: bool, planned: Any, advance: Any) -> list[float]:
         if len(tried) >= allowed[0]:
             raise KeyboardInterrupt
         tried.extend(p.plan.hash for p in planned)
-        return original(self, planned, advance)
+        return original(self, searching, planned, advance)
 
     monkeypatch.setattr(Calibrator, "_measured_losses", measured)
     stopped = flexi(*search)
