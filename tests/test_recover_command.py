@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from studies import make_study, run_study
+from studies import make_study, run_study, values
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
@@ -113,6 +113,36 @@ def test_a_training_that_was_killed_is_taken_up_by_the_same_command(
     ]
     assert said_of[0] == said_of[1]
     assert [point["tokens"] for point in said_of[0]["curve"]] == list(range(0, 2049, 128))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_a_study_that_was_killed_in_a_training_goes_on_from_its_checkpoint(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    training = f'\n[training]\ncorpus = "file:{text}"\nlength = 32\ntokens = 2048\nheld_out = 2\n'
+    options = '{ name = "lora", learning_rate = 0.01, batch_tokens = 64, evaluate_every = 128, keep = "last" }'
+    file = make_study(
+        tmp_path / "s.toml", model, text, ["come"], ["concat-merge"], more=f"recovery = [{options}]", end=training
+    )
+    quiet = {**os.environ, "FLEXI_PLUGINS": ""}
+    words = [sys.executable, "-m", "flexi_plugins.cli", "run", str(file), "--out", str(tmp_path / "killed")]
+    command = subprocess.Popen(words, env=quiet, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while command.poll() is None and not list(tmp_path.glob("killed/training/**/checkpoint-*/trainer_state.json")):
+        time.sleep(0.002)
+    command.kill()
+    _, begun = command.communicate()
+    assert command.returncode == -signal.SIGKILL, begun.decode()[-3000:]
+    assert "lora: 0 of 2,048 tokens" in begun.decode()
+    resumed = subprocess.run(words, env=quiet, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert " of 2,048 tokens" in resumed.stderr
+    assert "lora: 0 of 2,048 tokens" not in resumed.stderr, "it was begun again"
+    found, whole = run_study(file, tmp_path / "killed")[-1], run_study(file, tmp_path / "whole")[-1]
+    assert found.plan.tensors == whole.plan.tensors
+    curves = [record.plan.origin["recovery"]["curve"] for record in (found, whole)]
+    assert curves[0] == curves[1]
+    assert [point["tokens"] for point in curves[0]] == list(range(0, 2049, 128))
+    assert values([found]) == values([whole])
 
 
 def test_the_command_and_a_study_train_the_same_model(
