@@ -28,6 +28,7 @@ from flexi_baselines import (
     streamline,
     taylor,
 )
+from flexi_baselines.sequence_states import SequenceStates
 from test_architecture import PUBLIC
 from test_baselines_units import MODULES as OF_UNITS
 from tiny import close, logits, sharing
@@ -65,6 +66,11 @@ def test_baselines_import_only_what_is_public(path):
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         for package, _, rest in (name.partition(".") for name in names):
             assert package != "flexi_plugins" or rest.split(".")[0] in PUBLIC
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
+def test_a_method_can_be_read_in_one_go(path):
+    assert path.read_text(encoding="utf-8").count("\n") <= 120
 
 
 def test_every_module_with_hooks_has_an_entry_point():
@@ -490,7 +496,7 @@ def test_released_states_are_first_tokens_of_the_first_of_each_group_of_sequence
     last = torch.tensor([False, False, True]).repeat(202)
     nothing = {"attention_inner": None, "mlp_inner": None, "attention_weight": None, "mlp_weight": None}
     states = {"input": stream, "middle": stream, "output": stream, "before": (), "last": last}
-    found = mka.SequenceStates().observe(BlockTrace(0, 1, 1, **states, **nothing, sequences=range(202), total=202))
+    found = SequenceStates().observe(BlockTrace(0, 1, 1, **states, **nothing, sequences=range(202), total=202))
     assert found["released"][:6, 0].tolist() == [0, 1, 6, 7, 12, 13]
     assert found["last"][:3, 0].tolist() == [2, 5, 8]
 

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import flexi_baselines
 import pytest
-from flexi_baselines import wanda_sp
+from flexi_baselines.equal_shares import going
 from tiny import family_of
 
 from flexi_plugins import store
@@ -181,7 +181,7 @@ def test_wanda_sp_removes_whole_heads_of_every_block(plugins: Plugins) -> None:
     """int(0.2 x 32), int(0.3 x 32) and int(0.5 x 32) heads; int(share x 11008) channels."""
     study = study_of("wanda-sp", plugins)
     fractions = [s.options["fraction"] for s in study.strategies]
-    assert [wanda_sp.going(shape_of(study), 0, f) for f in fractions] == [(6, 2201), (9, 3302), (16, 5504)]
+    assert [going(shape_of(study), 0, f) for f in fractions] == [(6, 2201), (9, 3302), (16, 5504)]
 
 
 HEAD, CHANNEL = 4 * 128 * 4096, 3 * 4096  # parameters of a unit of LLaMA-7B

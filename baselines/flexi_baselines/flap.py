@@ -1,25 +1,23 @@
 """FLAP (arXiv 2312.11983, and the authors' lib/prune.py): units whose input fluctuates little go, and a bias makes up.
 
-Metric: the variance of each input channel of an output map, times the squared norm of its weights (WIFV; for attention
-squared once more); z-scores within each block and kind; a head is the mean over its channels. The paper has the variance;
-the released code, which its numbers are from, has something else (``RunningFluctuation``): both by name.
-
-Strategy: which units go (``structure``), and for each sub-layer that loses some the bias W[:, gone] mean(x[gone]). It
-takes any unit scores, as the metric goes with any strategy. A KV head goes with its query heads and costs as many
-channels as it has parameters: 4 x 128 d / 3 d = 512 / 3 on LLaMA-7B (the released code keeps costs in an integer tensor,
-where they become 170). Unlike there, every block keeps one KV head and one channel.
+The metric is in ``flap_scores``; it goes with any strategy, and the strategy with any unit scores. Which units go is the
+``structure``; each sub-layer that loses some gets the bias W[:, gone] mean(x[gone]) (``flap_bias``). A KV head goes with its
+query heads and costs as many channels as it has parameters: 4 x 128 d / 3 d = 512 / 3 on LLaMA-7B (the released code keeps
+costs in an integer tensor, where they become 170). Unlike there, every block keeps one KV head and one channel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from flexi_baselines.flap_structures import Step, one_ranking, ranked, same_numbers, same_share, unit_cost
-from flexi_baselines.input_moments import AddedMean, InputMoments, RunningFluctuation
+from flexi_baselines.flap_bias import AddedMean, bias_cost, biases, with_biases
+from flexi_baselines.flap_scores import PAPER, Fluctuation
+from flexi_baselines.flap_structures import Step, most_heads, one_ranking, ranked, same_numbers, same_share, unit_cost
+from flexi_baselines.input_moments import InputMoments, RunningFluctuation
 from flexi_plugins.budget import check_reach, priorities, without_units
-from flexi_plugins.data import ModelShape, Part, PruningPlan, Rule, Scores
+from flexi_plugins.data import ModelShape, PruningPlan, Rule, Scores
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.hookspecs import (
     Budget,
@@ -33,54 +31,6 @@ from flexi_plugins.hookspecs import (
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-PAPER = "FLAP, arXiv 2312.11983"
-OUTPUT_MAPS = {"attention": "attention_output", "mlp": "down"}
-
-
-@dataclass(frozen=True)
-class Fluctuation:
-    """Standardised fluctuation of KV heads and channels."""
-
-    # WIFV: weighted input feature variance. IFV: without the weights. WIFN: the norm of the input x the mean |weight|.
-    metrics: Literal["WIFV", "IFV", "WIFN"] = "WIFV"
-    variance: Literal["paper", "released"] = "paper"
-
-    name: ClassVar[str] = "flap"
-    paper: ClassVar[str] = PAPER
-    gives: ClassVar[frozenset[str]] = frozenset({"attention", "mlp"})
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Input moments, and the released code's fluctuation where it is asked for."""
-        released = self.variance == "released" and self.metrics != "WIFN"
-        return frozenset({"input-moments"} | ({"running-fluctuation"} if released else set()))
-
-    def score(self, request: PruningRequest) -> Scores:
-        """Return z-scores: ranked as they are, and not comparable otherwise."""
-        attention, mlp = [], []
-        for index, block in enumerate(request.shape.blocks):
-            channels = standardised(self.channels(request, "attention", index).square())
-            attention.append(channels.view(block.kv_heads, -1).mean(1) if block.kv_heads else channels)
-            mlp.append(standardised(self.channels(request, "mlp", index)))
-        return Scores(attention=tuple(attention), mlp=tuple(mlp), rule="undivided")
-
-    def channels(self, request: PruningRequest, kind: str, index: int) -> Tensor:
-        """Return the raw metric of a block's input channels: (columns,)."""
-        moments = {name: values[index] for name, values in request.statistics["input-moments"].items()}
-        variance = moments[f"{kind}_variance"]
-        if self.metrics == "WIFN":
-            return (variance + moments[f"{kind}_mean"].square()).sqrt() * moments[f"{kind}_magnitude"]
-        if self.variance == "released":
-            variance = request.statistics["running-fluctuation"][kind][index]
-        return variance if self.metrics == "IFV" else variance * moments[f"{kind}_squares"]
-
-
-def standardised(values: Tensor) -> Tensor:
-    """Return (x - mean) / std with the unbiased std, as the authors do; zeros where the values do not differ."""
-    if values.numel() < 2 or not bool(values.std() > 0):
-        return values.new_zeros(values.shape)
-    return (values - values.mean()) / values.std()
 
 
 @dataclass(frozen=True)
@@ -106,20 +56,11 @@ class Flap:
 
     def reach(self, shape: ModelShape) -> float:
         """Return the ratio with all that may go gone, as many biases added as that can take."""
-        blocks, spare = shape.blocks, [max(0, b.kv_heads - 1) for b in shape.blocks]
-        if self.structure == "UL-MM":
-            spare = [min(s, self.remove_heads // len(blocks)) for s in spare]
-        gone = sum(s * shape.head_cost(b) for s, b in zip(spare, blocks, strict=True))
-        touched = {"attention": sum(s > 0 for s in spare), "mlp": sum(b.channels > 1 for b in blocks)}
-        if self.structure == "AL-MM":
-            cheapest = min((shape.head_cost(b) for b in blocks if b.kv_heads), default=0)
-            gone = min(self.remove_heads, sum(spare)) * cheapest
-            touched["attention"] = min(self.remove_heads, touched["attention"])
-        gone += sum(max(0, b.channels - 1) for b in blocks) * shape.channel_cost()
-        return (gone - sum(self._bias_cost(shape, kind) * count for kind, count in touched.items())) / shape.parameters
-
-    def _bias_cost(self, shape: ModelShape, kind: str) -> int:
-        return shape.hidden if self.bias and not shape.has_bias(OUTPUT_MAPS[kind]) else 0
+        heads, touched = most_heads(shape, self.structure, self.remove_heads)
+        channels = sum(max(0, b.channels - 1) for b in shape.blocks) * shape.channel_cost()
+        added = touched * bias_cost(shape, "attention")
+        added += sum(b.channels > 1 for b in shape.blocks) * bias_cost(shape, "mlp")
+        return (heads + channels - self.bias * added) / shape.parameters
 
     def plan(self, request: PruningRequest) -> PruningPlan:
         """Remove units in the order of the structure until the budget is met, or the fraction."""
@@ -135,19 +76,11 @@ class Flap:
             if excess <= 0 if self.fraction is None else position > self.fraction:
                 break
             for block, kind, index in units:
-                added = 0 if (block, kind) in gone else self._bias_cost(shape, kind)
+                added = 0 if (block, kind) in gone else self.bias * bias_cost(shape, kind)
                 excess -= unit_cost(shape, block, kind) - added
                 gone.setdefault((block, kind), []).append(index)
         plan = without_units(shape, gone)
-        return self._with_biases(plan, gone) if self.bias else plan
-
-    def _with_biases(self, plan: PruningPlan, gone: Collection[tuple[int, str]]) -> PruningPlan:
-        """Return the plan with a bias of its own for every sub-layer that loses units."""
-        names = [
-            tuple(f"{role}.bias" for k, role in OUTPUT_MAPS.items() if (b, k) in gone) for b in range(len(plan.blocks))
-        ]
-        blocks = tuple(replace(recipe, own=own) for recipe, own in zip(plan.blocks, names, strict=True))
-        return replace(plan, blocks=blocks)
+        return with_biases(plan, gone) if self.bias else plan
 
     def _steps(self, scores: Scores, shape: ModelShape) -> Iterator[Step]:
         attention, mlp = priorities(scores, shape, self.rule)
@@ -164,35 +97,7 @@ class Flap:
 
     def tensors(self, request: TensorRequest) -> dict[str, Tensor]:
         """Return the biases of the plan, (hidden,), in the dtype of the weights."""
-        biases = ((p, r, name) for p, r in enumerate(request.plan.blocks) for name in r.own)
-        return {
-            f"blocks.{p}.{name}": compensation(request, r.parts[0], name.removesuffix(".bias")) for p, r, name in biases
-        }
-
-
-def compensation(request: TensorRequest, part: Part, role: str) -> Tensor:
-    """Return what the units of a block that are not in ``part`` add through an output map on average: (hidden,).
-
-    That is W[:, gone] mean(x[gone]), and where the map has a bias already, that bias (the mean of what the sub-layer adds
-    less W mean(x)) goes on top.
-    """
-    import torch
-
-    shape = request.plan.shape
-    block = shape.blocks[part.source]
-    kind, units, kept = ("mlp", block.channels, part.channels)
-    if role == "attention_output":
-        kind, units, kept = ("attention", block.kv_heads, part.kv_heads)
-    mean = request.statistics([InputMoments.name])[InputMoments.name][f"{kind}_mean"][part.source]
-    weight = request.weights.block(part.source)[role]
-    gone = torch.ones(units, dtype=torch.bool)
-    gone[list(kept or ())] = False
-    columns = gone.repeat_interleave(len(mean) // units)
-    bias = weight[:, columns].float() @ mean[columns]
-    if shape.has_bias(role):
-        added = request.statistics([AddedMean.name])[AddedMean.name][kind][part.source]
-        bias += added - weight.float() @ mean
-    return bias.to(weight.dtype)
+        return biases(request)
 
 
 @hookimpl

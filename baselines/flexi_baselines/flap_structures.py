@@ -80,3 +80,15 @@ def same_numbers(shape: ModelShape, heads: Ranked, channels: Ranked, remove_head
     for units in rounds:
         removed += sum(unit_cost(shape, block, kind) for block, kind, _ in units)
         yield removed / total, units
+
+
+def most_heads(shape: ModelShape, structure: str, remove_heads: int) -> tuple[int, int]:
+    """Return the parameters of the heads that surely can go, and of how many blocks those are at most."""
+    blocks, spare = shape.blocks, [max(0, b.kv_heads - 1) for b in shape.blocks]
+    if structure == "UL-MM":
+        spare = [min(s, remove_heads // len(blocks)) for s in spare]
+    touched = sum(s > 0 for s in spare)
+    if structure == "AL-MM":
+        cheapest = min((shape.head_cost(b) for b in blocks if b.kv_heads), default=0)
+        return min(remove_heads, sum(spare)) * cheapest, min(remove_heads, touched)
+    return sum(s * shape.head_cost(b) for s, b in zip(spare, blocks, strict=True)), touched

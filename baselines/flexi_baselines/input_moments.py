@@ -1,4 +1,4 @@
-"""Statistics of what enters the two output maps of a block: what Wanda-sp and FLAP score by, and FLAP compensates with."""
+"""Statistics of what enters the two output maps of a block: what Wanda-sp and FLAP score by."""
 
 from __future__ import annotations
 
@@ -86,29 +86,6 @@ def running_fluctuation(means: Tensor, deviations: Tensor, tokens: int) -> Tenso
     running = means.cumsum(0) / order
     around = deviations + tokens / windows * (means - running).square()
     return ((order - 1) / order * around).sum(0) / max(1, windows - 1)
-
-
-@dataclass(frozen=True)
-class AddedMean:
-    """Mean over tokens of what each sub-layer adds to the residual stream: attention, mlp, (hidden,)."""
-
-    name: ClassVar[str] = "added-mean"
-    span: ClassVar[int] = 1
-    backward: ClassVar[bool] = False
-
-    def observe(self, trace: BlockTrace) -> dict[str, Tensor]:
-        """Return sums over tokens."""
-        import torch
-
-        steps = {"attention": (trace.input, trace.middle), "mlp": (trace.middle, trace.output)}
-        return {
-            kind: after.sum(0, dtype=torch.float32) - before.sum(0, dtype=torch.float32)
-            for kind, (before, after) in steps.items()
-        }
-
-    def finish(self, totals: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:
-        """Return means over tokens."""
-        return {kind: total / tokens for kind, total in totals.items()}
 
 
 def _inputs(trace: BlockTrace) -> Iterator[tuple[str, Tensor, Tensor]]:

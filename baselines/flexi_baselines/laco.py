@@ -17,12 +17,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from flexi_baselines.laco_walk import Walk
 from flexi_plugins.budget import check_reach
-from flexi_plugins.data import BlockRecipe, ModelShape, Part, PruningPlan
-from flexi_plugins.errors import FlexiError, OutOfReach
+from flexi_plugins.data import BlockRecipe, ModelShape, PruningPlan
+from flexi_plugins.errors import OutOfReach
 from flexi_plugins.hookspecs import Budget, PruningRequest, ReplacementStrategy, TensorRequest, hookimpl
 
 if TYPE_CHECKING:
@@ -47,9 +47,13 @@ class LaCo:
     progressive: ClassVar[bool] = False
     knobs: ClassVar[tuple[str, ...]] = ("T",)
 
+    @property
+    def _walk(self) -> Walk:
+        return Walk(self.C, self.L, self.H, self.I, telescoped=self.merge == "notebook")
+
     def reach(self, shape: ModelShape) -> float:
         """Return the ratio of a walk on which every merge stays."""
-        return self._walk(shape, None, lambda plan: True).ratio
+        return self._walk.plan(shape, None, lambda plan: True).ratio
 
     def plan(self, request: PruningRequest) -> PruningPlan:
         """Walk with T as given, or with the largest T at which the ratio is met; a note says which it was."""
@@ -57,7 +61,7 @@ class LaCo:
         if budget is not None:
             check_reach(self.name, budget, self.reach(shape))
         if request.counting:
-            return self._walk(shape, budget, lambda plan: True)
+            return self._walk.plan(shape, budget, lambda plan: True)
         known: dict[tuple[BlockRecipe, ...], float] = {}
 
         def similarity(plan: PruningPlan) -> float:
@@ -89,50 +93,7 @@ class LaCo:
                 rejected.append(found)
             return found > threshold
 
-        return self._walk(shape, budget, stays), rejected
-
-    def _walk(self, shape: ModelShape, budget: Budget | None, stays: Callable[[PruningPlan], bool]) -> PruningPlan:
-        """Return the plan of one walk, until the budget is met if there is one; ``stays`` judges each merge."""
-        plan, block = PruningPlan.identity(shape), self._start(shape)
-        while block >= self.L and not (budget and budget.met(plan)):
-            count = self._followers(plan, block, budget)
-            trial = plan.compose(self._merged(plan.new_shape, block, count)) if count else plan
-            if count and stays(trial):
-                plan, block = trial, block - self.I
-            else:
-                block -= 1
-        return plan
-
-    def _start(self, shape: ModelShape) -> int:
-        """Return the first block to merge into; raise for a walk that this model has not."""
-        last = len(shape.blocks) - 1
-        highest = last if self.H is None else self.H
-        if self.C < 2 or self.I < 1 or self.L < 0 or highest > last or highest - self.C < self.L:
-            raise FlexiError(
-                f"{self.name}: C = {self.C}, L = {self.L}, H = {highest}, I = {self.I} on a model of {last + 1} blocks; "
-                f"expected C of 2 or more, I of 1 or more, and 0 <= L <= H - C with H of at most {last}"
-            )
-        return highest - self.C
-
-    def _followers(self, plan: PruningPlan, block: int, budget: Budget | None) -> int:
-        """Return how many of the blocks behind one collapse into it: of its own widths, and no more than must go."""
-        blocks = plan.new_shape.blocks
-        own = blocks[block]
-        count = sum(1 for _ in takewhile(lambda other: other == own, blocks[block + 1 : block + self.C]))
-        if budget is None:
-            return count
-        return min(count, -((budget.target - plan.stored_parameters) // plan.shape.block_parameters(own)))
-
-    def _merged(self, shape: ModelShape, block: int, count: int) -> PruningPlan:
-        """Return the step that collapses ``count`` blocks into the one in front of them."""
-        mix = tuple((block + k, 1.0) for k in range(1, count + 1))
-        if self.merge == "notebook":
-            mix = mix[-1:]
-        elif count > 1:
-            mix = ((block, 1.0 - count), *mix)
-        recipes = [BlockRecipe(parts=(Part(i),)) for i in range(len(shape.blocks))]
-        recipes[block : block + count + 1] = [BlockRecipe(mix=mix, norms=((block, 1.0),))]
-        return PruningPlan(shape, tuple(recipes))
+        return self._walk.plan(shape, budget, stays), rejected
 
     def finished(self, plan: PruningPlan, budget: Budget) -> bool:
         """Return True: one step does it all."""

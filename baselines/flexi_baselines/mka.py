@@ -3,23 +3,22 @@
 Blocks are compared by the states of all calibration sequences that enter them (see ``npib``). Released, of blocks i and
 i + 1, the last two, i gets the share a = sigmoid(beta S_i / (S_i + S_i+1)), S_i the mean of NPIB(i, .) over all blocks, and
 a theta_i + (1 - a) theta_i+1 takes the place of both, with the norms of i; similarities are the dense model's throughout.
-In the paper a = NPIB(i, i + 1). Of the pipeline, which was read in public copies, two things are not done here: it writes
-the merged maps where they are lost, so that what it saves is the model without its last blocks (reverse-order); and for
-its rows, meant to be one a sequence, it takes the first tokens of a few sequences (states = "released" does the same).
+In the paper a = NPIB(i, i + 1). The pipeline, which was read in public copies, writes the merged maps where they are lost,
+so that what it saves is the model without its last blocks (reverse-order): not done here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from flexi_baselines.last_blocks import mergeable, merged
 from flexi_baselines.npib import AXES, embedded, npib, ranked
+from flexi_baselines.sequence_states import SequenceStates
 from flexi_plugins.budget import check_reach, smallest
-from flexi_plugins.data import BlockRecipe, ModelShape, Part, PruningPlan
+from flexi_plugins.data import ModelShape, PruningPlan
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.hookspecs import (
-    BlockTrace,
     Budget,
     PruningRequest,
     ReplacementStrategy,
@@ -30,35 +29,6 @@ from flexi_plugins.hookspecs import (
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-LARGEST = 100  # sequences that the released code works on at once
-
-
-@dataclass(frozen=True)
-class SequenceStates:
-    """What enters a block, of every calibration sequence: (sequences, hidden).
-
-    last: at its last token. released: the released code works on c sequences at once, c the largest divisor of their
-    number up to 100, and has for these the first c tokens of the first of them.
-    """
-
-    name: ClassVar[str] = "sequence-states"
-    span: ClassVar[int] = 1
-    backward: ClassVar[bool] = False
-
-    def observe(self, trace: BlockTrace) -> dict[str, Tensor]:
-        """Return the rows of these sequences, and zeros for the others'."""
-        stream = trace.input.float()
-        released = stream.new_zeros(trace.total, stream.shape[1])
-        at_once = next(c for c in range(LARGEST, 0, -1) if trace.total % c == 0)
-        for number, states in zip(trace.sequences, stream.chunk(len(trace.sequences)), strict=True):
-            if number % at_once == 0:  # a shorter sequence leaves zeros, as the released code's padding does
-                released[number : number + min(at_once, len(states))] = states[:at_once]
-        return {"last": trace.among_all(stream[trace.last]), "released": released}
-
-    def finish(self, totals: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:
-        """Return the states as they are."""
-        return dict(totals)
 
 
 @dataclass(frozen=True)
@@ -81,18 +51,13 @@ class Mka:
     needs: ClassVar[frozenset[str]] = frozenset({"sequence-states"})
     wants: ClassVar[frozenset[str]] = frozenset()
 
-    def _most(self, shape: ModelShape) -> int:
-        """Return how many blocks in front of the last are of its own widths, up to the first that is not."""
-        alike = [block == shape.blocks[-1] for block in reversed(shape.blocks)]
-        return (alike.index(False) if False in alike else len(alike)) - 1
-
     def reach(self, shape: ModelShape) -> float:
         """Return the ratio of merging all blocks behind the last one of other widths; all blocks if there is none."""
-        return self._most(shape) * shape.block_parameters(shape.blocks[-1]) / shape.parameters
+        return mergeable(shape) * shape.block_parameters(shape.blocks[-1]) / shape.parameters
 
     def plan(self, request: PruningRequest) -> PruningPlan:
         """Merge the last two blocks: once if progressive, else as often as needed."""
-        shape, most = request.shape, self._most(request.plan.shape)
+        shape, most = request.shape, mergeable(request.plan.shape)
         if self.merges is None:
             check_reach(self.name, request.budget, self.reach(request.plan.shape))
         elif not 0 < self.merges <= most:
@@ -105,11 +70,9 @@ class Mka:
         shares = self._shares(request, count)
         notes = [f"shares of the earlier block: {', '.join(f'{share:.4f}' for share in shares)}"]
         rows = len(request.statistics["sequence-states"][self.states][0])
-        taken = self._neighbours(rows)
-        if taken != (self.n_neighbors, self.k_entropy):
-            notes.append(
-                f"n_neighbors = {taken[0]} and k_entropy = {taken[1]}, for there are {rows} calibration sequences"
-            )
+        n, k = self._neighbours(rows)
+        if (n, k) != (self.n_neighbors, self.k_entropy):
+            notes.append(f"n_neighbors = {n} and k_entropy = {k}, for there are {rows} calibration sequences")
         return replace(merged(shape, shares), origin={"notes": notes})
 
     def _shares(self, request: PruningRequest, count: int) -> list[float]:
@@ -122,8 +85,7 @@ class Mka:
             )
         points = [ranked(embedded(s, self.sigma_k, self.alpha)) for s in states]
         similarity = npib(points, *self._neighbours(rows), request.seed)
-        last = len(points) - 1
-        return [self._weight(similarity, first) for first in range(last - 1, last - 1 - count, -1)]
+        return [self._weight(similarity, len(points) - 2 - step) for step in range(count)]
 
     def _neighbours(self, rows: int) -> tuple[int, int]:
         """Return ``n_neighbors`` and ``k_entropy``, as far as so many sequences have that many others."""
@@ -144,17 +106,6 @@ class Mka:
     def tensors(self, request: TensorRequest) -> dict[str, Tensor]:
         """Return nothing: a mix makes no new tensors."""
         return {}
-
-
-def merged(shape: ModelShape, shares: Sequence[float]) -> PruningPlan:
-    """Return the plan that merges the last two blocks once for each share, the weight of the earlier one."""
-    first = last = len(shape.blocks) - 1
-    mix: tuple[tuple[int, float], ...] = ((last, 1.0),)
-    for share in shares:
-        first -= 1
-        mix = ((first, share), *((source, (1 - share) * weight) for source, weight in mix))
-    blocks = [BlockRecipe(parts=(Part(i),)) for i in range(first)]
-    return PruningPlan(shape, (*blocks, BlockRecipe(mix=mix, norms=((first, 1.0),))))
 
 
 @hookimpl
