@@ -139,8 +139,10 @@ def test_the_memory_for_factors_in_float32_is_counted(monkeypatch, native: bool,
     small = opened(tiny("llama", vocab_size=2))
     shape = small.shape.maps(small.shape.blocks[0])
     sizes = [rows * columns for rows, columns in shape.values()]
-    found = layout._widened_bytes(Blocks(small, torch.bfloat16), [PruningPlan.identity(small.shape)], nodes, training)
-    assert found == copies * 4 * (sum(sizes) if training else max(sizes))
+    blocks, inside = Blocks(small, torch.bfloat16), copies * 4 * (sum(sizes) if training else max(sizes))
+    assert layout._widened_bytes(blocks, [PruningPlan.identity(small.shape)], nodes, training) == inside
+    without_head = layout._widened_bytes(Blocks(checkpoint, torch.bfloat16), [plan], nodes, training, reads=False)
+    assert without_head == inside, "nothing is read from states"
 
 
 def test_the_statistics_products_are_the_same_everywhere(narrow_processor):

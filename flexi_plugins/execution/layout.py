@@ -61,11 +61,12 @@ def lay_out(
     keep: bool,
     observed: bool,
     training: bool = False,
+    reads: bool = True,
 ) -> Layout:
     """Divide the memory of ``blocks``; raise with the least that works where it is too small for one block and one batch.
 
     shapes: (rows, tokens) of the batches. keep: all states outlive the sweep. observed: statistics are taken. training:
-    what a block computes is kept for its gradients.
+    what a block computes is kept for its gradients. reads: the head is applied; else only states are wanted.
     """
     places = [(plans[n.owner], n.position) for n in nodes]
     needs = [blocks.needs(*place) for place in places]
@@ -83,8 +84,8 @@ def lay_out(
     copies = {plan.key(position): blocks.copied_bytes(plan, position) for plan, position in places}
     donors = ((plan, plan.donor(position)) for plan, position in places)  # built beside the blocks that run with them
     lent = max((blocks.copied_bytes(plan, donor) for plan, donor in donors if donor is not None), default=0)
-    work = max(_working_bytes(blocks, plans, nodes, shape, observed) * (1 + training) for shape in shapes)
-    work += _widened_bytes(blocks, plans, nodes, training)
+    work = max(_working_bytes(blocks, plans, nodes, shape, observed, reads) * (1 + training) for shape in shapes)
+    work += _widened_bytes(blocks, plans, nodes, training, reads)
     free = blocks.memory - blocks.outer_bytes - work - max(copies.values()) - lent
     largest, alive = max(states), most_alive(nodes)
     visit = max(_bytes(blocks, [n]) for n in needs)
@@ -140,28 +141,30 @@ def _widths(plans: Sequence[PruningPlan], nodes: Sequence[Node]) -> list[BlockSh
 
 
 def _working_bytes(
-    blocks: Blocks, plans: Sequence[PruningPlan], nodes: Sequence[Node], shape: Shape, observed: bool
+    blocks: Blocks, plans: Sequence[PruningPlan], nodes: Sequence[Node], shape: Shape, observed: bool, reads: bool
 ) -> int:
-    """Return an estimate from above of what running one batch through the widest block, and the head, takes."""
+    """Return an estimate from above of what running one batch through the widest block, and the head if need be, takes."""
     model, (rows, tokens) = blocks.checkpoint.shape, shape
     widths = _widths(plans, nodes)
     channels = max(w.channels for w in widths)
     heads = max(w.query_heads * w.head_dim for w in widths)
     inside = rows * tokens * (8 * model.hidden + 4 * channels + 12 * heads) + 2 * rows * tokens * tokens
-    head = min(head_rows(blocks), rows * tokens) * model.vocabulary * 12
+    head = reads * min(head_rows(blocks), rows * tokens) * model.vocabulary * 12
     statistics = min(OBSERVERS, rows * tokens * channels * 16) if observed else 0
     width = torch.float32.itemsize if widens(blocks.dtype, blocks.device) else blocks.dtype.itemsize
     return max(inside * width + statistics, head)
 
 
-def _widened_bytes(blocks: Blocks, plans: Sequence[PruningPlan], nodes: Sequence[Node], training: bool) -> int:
+def _widened_bytes(
+    blocks: Blocks, plans: Sequence[PruningPlan], nodes: Sequence[Node], training: bool, reads: bool = True
+) -> int:
     """Return what copies of weights in float32 take, where products are computed in it.
 
-    They are those of the head, or of the largest map of a block; gradients need those of all its maps.
+    They are those of the head, if it is applied, or of the largest map of a block; gradients need those of all its maps.
     """
     if not widens(blocks.dtype, blocks.device):
         return 0
     shape = blocks.checkpoint.shape
     maps = [[rows * columns for rows, columns in shape.maps(w).values()] for w in _widths(plans, nodes)]
     inside = max(sum(sizes) if training else max(sizes, default=0) for sizes in maps)
-    return torch.float32.itemsize * max(inside, shape.vocabulary * shape.hidden)
+    return torch.float32.itemsize * max(inside, reads * shape.vocabulary * shape.hidden)

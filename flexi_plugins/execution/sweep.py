@@ -123,7 +123,8 @@ class Sweeper:
         shapes = [batches[b].ids.shape for b in order]
         if self.blocks.memory is not None:
             self.blocks.keep_only(plans)
-        self.laid = layout = lay_out(self.blocks, plans, running, shapes, keep, hook is not None)
+        reads = any(batches[b].reads for b in order)
+        self.laid = layout = lay_out(self.blocks, plans, running, shapes, keep, hook is not None, reads=reads)
         if layout.streamed:
             self.say(str(layout))
         self.blocks.states.limit_to(layout.state_bytes)
