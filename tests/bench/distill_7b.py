@@ -30,8 +30,8 @@ LENGTH, WINDOWS, HELD_OUT = 512, 16, 2
 STEP, MICRO = 2048, 1024  # tokens of a step, and of what is computed at once
 EXPLANATION = f"""\
 Blocks {MERGED} and {MERGED + 1} as one of the same width, half of the heads and channels of each; all its weights trained by
-distill on {WINDOWS} windows of {LENGTH} random tokens, {STEP} a step and {MICRO} at once, bfloat16 with float32 weights and moments. The original's
-states come from a sweep of its blocks, read from the shards. resident GiB: VmHWM of the process."""
+distill on {WINDOWS} windows of {LENGTH} random tokens, {STEP} a step and {MICRO} at once, bfloat16 with float32 weights and
+moments. The original's states come from a sweep of its blocks, read from the shards. resident GiB: VmHWM of the process."""
 
 
 def merged(shape: ModelShape, first: int) -> PruningPlan:
