@@ -27,11 +27,11 @@ GIB = 2**30
 MOST_GIB = 6.0  # what is to be reached
 BLOCKS, MERGED = 32, 15  # blocks of the model; this one and the next are merged
 LENGTH, WINDOWS, HELD_OUT = 512, 16, 2
-STEP, MICRO = 2048, 1024  # tokens of a step, and of what is computed at once
+STEP = 2048  # tokens
 EXPLANATION = f"""\
 Blocks {MERGED} and {MERGED + 1} as one of the same width, half of the heads and channels of each; all its weights trained by
-distill on {WINDOWS} windows of {LENGTH} random tokens, {STEP} a step and {MICRO} at once, bfloat16 with float32 weights and
-moments. The original's states come from a sweep of its blocks, read from the shards. resident GiB: VmHWM of the process."""
+distill on {WINDOWS} windows of {LENGTH} random tokens, {STEP} a step, bfloat16 with float32 weights and moments. The original's
+states come from a sweep of its blocks, read from the shards. resident GiB: VmHWM of the process."""
 
 
 def merged(shape: ModelShape, first: int) -> PruningPlan:
@@ -57,7 +57,7 @@ def train(folder: Path, result: Path, limit: int | None) -> None:
         ids = torch.randint(shape.vocabulary, (WINDOWS + HELD_OUT, LENGTH), generator=torch.Generator().manual_seed(0))
         texts = [TrainingText(part, part.clone()) for part in (ids[:WINDOWS], ids[WINDOWS:])]
         pruner._texts[setting] = (*texts, "random")  # there is no tokenizer
-        method = Distill(batch_tokens=STEP, micro_batch_tokens=MICRO, evaluate_every=WINDOWS * LENGTH, keep="last")
+        method = Distill(batch_tokens=STEP, micro_batch_tokens=STEP, evaluate_every=WINDOWS * LENGTH, keep="last")
         plan = merged(shape, MERGED if len(shape.blocks) == BLOCKS else 0)
         planned = pruner.recover(plan, method, setting, result.with_name("training"))
     said = planned.plan.origin["recovery"]
@@ -113,7 +113,7 @@ def main() -> None:
     print(EXPLANATION)
     peak = found["resident_peak"] / GIB
     print(f"{peak:.2f} GiB resident, to reach {MOST_GIB:g}: {'met' if peak <= MOST_GIB else 'missed'}")
-    setting = {"blocks": given.blocks, "tokens_a_step": STEP, "tokens_at_once": MICRO, "sweeps_gib": given.memory}
+    setting = {"blocks": given.blocks, "tokens_a_step": STEP, "sweeps_gib": given.memory}
     figures = {"peak_gib": peak, "most_gib": MOST_GIB, **setting, **found}
     if given.blocks == BLOCKS:
         finish("distill_7b", figures)
