@@ -110,6 +110,20 @@ def test_the_tightest_memory_runs_several_groups_and_spills(folder: Path) -> Non
     assert blocks.states.spilled > 0
 
 
+def test_the_head_takes_no_room_where_states_alone_are_wanted() -> None:
+    checkpoint = opened(tiny("llama", vocab_size=5000))
+    planned = [Planned(PruningPlan.identity(checkpoint.shape))]
+    given, states = batches(1), [Batch(tokens(2, 8, seed=0))]
+
+    def blocks(memory: int) -> Blocks:
+        return Blocks(checkpoint, memory=memory)
+
+    with_head = least(blocks, lambda b: list(Sweeper(b).sweep(planned, given)))
+    without = least(blocks, lambda b: list(Sweeper(b).sweep(planned, states)))
+    assert with_head - without > 0.5 * 16 * 5000 * 12, "16 positions' logits"
+    assert list(Sweeper(blocks(without)).sweep(planned, states))
+
+
 def ascending(checkpoint: Checkpoint) -> list[Planned]:
     shape = checkpoint.shape
     whole = PruningPlan.identity(shape)

@@ -1,10 +1,9 @@
 """LLM-Pruner's importance (arXiv 2305.11627, and the authors' hf_llama_pruner.py): Taylor scores of coupled structures.
 
 The scores of the rows and columns of a map, in four forms, are in ``group_taylor``. ``grouping_strategy`` joins the maps of
-a structure channel by channel; a head is the sum of its channels. The uniform
-removal of the paper is strategy remove-units with mode = "uniform" and its ``fraction``. The authors' global removal
-ranks raw scores, as mode = "global" does with these, but counts its budget in units, heads and channels alike, which no
-strategy here does.
+a structure channel by channel; a head is the sum of its channels. The uniform removal of the paper is strategy remove-units
+with mode = "uniform" and its ``fraction``. The authors' global removal ranks raw scores, as mode = "global" does with
+these, but counts its budget in units, heads and channels alike, which no strategy here does.
 """
 
 from __future__ import annotations
