@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
@@ -54,6 +55,8 @@ class WideProducts(TorchFunctionMode):
         given = kwargs or {}
         if func not in PRODUCTS or not isinstance(args[0], Tensor) or not _is_narrow(args[0]):
             return func(*args, **given)
+        if func is functional.linear:
+            return _linear(*args, **given)
         wide_args, wide_given = tree_map_only(Tensor, _widened, (args, dict(given)))
         with torch.autocast("cpu", enabled=False):
             return func(*wide_args, **wide_given).bfloat16()
@@ -68,6 +71,43 @@ def _is_narrow(factor: Tensor) -> bool:
 def _widened(tensor: Tensor) -> Tensor:
     """Return a factor's values as bfloat16 has them, in float32; masks stay."""
     return tensor.bfloat16().float() if tensor.is_floating_point() else tensor
+
+
+class _WideLinear(torch.autograd.Function):
+    """A linear map computed in float32; for its gradients it keeps the factors as they were given, not in float32.
+
+    So a training holds no second copy of the weights, twice as large as they are in bfloat16: they are widened again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, entering: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return entering W' + bias, (..., outputs) in bfloat16, of (..., inputs), (outputs, inputs) and (outputs,)."""
+        ctx.save_for_backward(entering, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        with torch.autocast("cpu", enabled=False):
+            wide_bias = None if bias is None else _widened(bias)
+            return functional.linear(_widened(entering), _widened(weight), wide_bias).bfloat16()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the gradients of what needs one, rounded to bfloat16 and in its dtype."""
+        entering, weight = ctx.saved_tensors
+        wide = gradient.reshape(-1, len(weight)).float()
+        found: list[Tensor | None] = [None, None, None]
+        with torch.autocast("cpu", enabled=False):
+            if ctx.needs_input_grad[0]:
+                found[0] = (wide @ _widened(weight)).bfloat16().to(entering.dtype).view_as(entering)
+            if ctx.needs_input_grad[1]:
+                found[1] = (wide.T @ _widened(entering).reshape(-1, weight.shape[1])).bfloat16().to(weight.dtype)
+            if ctx.needs_input_grad[2]:
+                found[2] = wide.sum(0).bfloat16().to(ctx.bias_dtype)
+        return tuple(found)  # type: ignore[return-value]
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """torch's signature."""
+    return _WideLinear.apply(input, weight, bias)
 
 
 def products(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:

@@ -93,6 +93,37 @@ def test_gradients_are_those_of_the_wide_product():
     torch.testing.assert_close(w.grad, (dy.T @ a.float()).bfloat16(), rtol=0.01, atol=0.01)
 
 
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("shape", [(7, 300), (2, 5, 300), (300,)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gradients_are_torchs_own_and_keep_no_factor_in_float32(
+    shape: tuple[int, ...], dtype: torch.dtype, biased: bool
+):
+    """Of what is computed from widened factors; what is kept for them is the factors as they were given."""
+    a, w, bias = (torch.randn(*size).to(dtype).requires_grad_() for size in (shape, (6, 300), (6,)))
+    factors = [a, w, *([bias] if biased else [])]
+    dy = torch.randn(*shape[:-1], 6).bfloat16()
+    expected = F.linear(*(factor.bfloat16().float() for factor in factors)).bfloat16()
+    wanted = torch.autograd.grad(expected, factors, dy)
+    kept: list[torch.Tensor] = []
+    keeping = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    with torch.autocast("cpu", torch.bfloat16), WideProducts(), keeping:
+        found = F.linear(*factors)
+        grads = torch.autograd.grad(found, factors, dy)
+    assert torch.equal(found, expected)
+    assert all(torch.equal(one, other) and one.dtype == dtype for one, other in zip(grads, wanted, strict=True))
+    assert {t.data_ptr() for t in kept} <= {a.data_ptr(), w.data_ptr()}, "views of what is there anyway"
+
+
+def test_no_gradient_is_computed_that_nobody_needs():
+    a, w = bfloat16(7, 300), bfloat16(5, 300, seed=1).requires_grad_()
+    with WideProducts():
+        F.linear(a, w).sum().backward()
+        assert not F.linear(a, w.detach()).requires_grad
+    assert a.grad is None
+    assert w.grad is not None
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_engine_in_wide_products_is_the_model_in_bfloat16(kind, narrow_processor):
     """As near to float32 as transformers' own model in bfloat16 is, which the processor multiplies in its way."""
@@ -126,22 +157,22 @@ def test_a_block_runs_in_wide_products_only_where_the_processor_has_none(monkeyp
             assert len(entered) == expected
 
 
-@pytest.mark.parametrize(("native", "training", "copies"), [(True, False, 0), (False, False, 1), (False, True, 1)])
-def test_the_memory_for_factors_in_float32_is_counted(monkeypatch, native: bool, training: bool, copies: int):
+@pytest.mark.parametrize(("native", "copies"), [(True, 0), (False, 1)])
+def test_the_memory_for_factors_in_float32_is_counted(monkeypatch, native: bool, copies: int):
     """A tiny model's head is larger than a map, and than all maps of a block."""
     monkeypatch.setattr(precision, "native_bfloat16", lambda device="cpu": native)
     checkpoint = opened(tiny("llama", vocab_size=1000))
     plan = PruningPlan.identity(checkpoint.shape)
     nodes = build_trie([plan], Prefixes())
-    found = layout._widened_bytes(Blocks(checkpoint, torch.bfloat16), [plan], nodes, training)
+    found = layout._widened_bytes(Blocks(checkpoint, torch.bfloat16), [plan], nodes)
     assert found == copies * 4 * 1000 * 32
-    assert layout._widened_bytes(Blocks(checkpoint, torch.float32), [plan], nodes, training) == 0
+    assert layout._widened_bytes(Blocks(checkpoint, torch.float32), [plan], nodes) == 0
     small = opened(tiny("llama", vocab_size=2))
     shape = small.shape.maps(small.shape.blocks[0])
     sizes = [rows * columns for rows, columns in shape.values()]
-    blocks, inside = Blocks(small, torch.bfloat16), copies * 4 * (sum(sizes) if training else max(sizes))
-    assert layout._widened_bytes(blocks, [PruningPlan.identity(small.shape)], nodes, training) == inside
-    without_head = layout._widened_bytes(Blocks(checkpoint, torch.bfloat16), [plan], nodes, training, reads=False)
+    blocks, inside = Blocks(small, torch.bfloat16), copies * 4 * max(sizes)
+    assert layout._widened_bytes(blocks, [PruningPlan.identity(small.shape)], nodes) == inside
+    without_head = layout._widened_bytes(Blocks(checkpoint, torch.bfloat16), [plan], nodes, reads=False)
     assert without_head == inside, "nothing is read from states"
 
 

@@ -85,7 +85,7 @@ def lay_out(
     donors = ((plan, plan.donor(position)) for plan, position in places)  # built beside the blocks that run with them
     lent = max((blocks.copied_bytes(plan, donor) for plan, donor in donors if donor is not None), default=0)
     work = max(_working_bytes(blocks, plans, nodes, shape, observed, reads) * (1 + training) for shape in shapes)
-    work += _widened_bytes(blocks, plans, nodes, training, reads)
+    work += _widened_bytes(blocks, plans, nodes, reads)
     free = blocks.memory - blocks.outer_bytes - work - max(copies.values()) - lent
     largest, alive = max(states), most_alive(nodes)
     visit = max(_bytes(blocks, [n]) for n in needs)
@@ -155,16 +155,14 @@ def _working_bytes(
     return max(inside * width + statistics, head)
 
 
-def _widened_bytes(
-    blocks: Blocks, plans: Sequence[PruningPlan], nodes: Sequence[Node], training: bool, reads: bool = True
-) -> int:
-    """Return what copies of weights in float32 take, where products are computed in it.
+def _widened_bytes(blocks: Blocks, plans: Sequence[PruningPlan], nodes: Sequence[Node], reads: bool = True) -> int:
+    """Return what a copy of weights in float32 takes, where products are computed in it, and for gradients once more.
 
-    They are those of the head, if it is applied, or of the largest map of a block; gradients need those of all its maps.
+    It is that of the head, if it is applied, or of the largest map of a block.
     """
     if not widens(blocks.dtype, blocks.device):
         return 0
     shape = blocks.checkpoint.shape
     maps = [[rows * columns for rows, columns in shape.maps(w).values()] for w in _widths(plans, nodes)]
-    inside = max(sum(sizes) if training else max(sizes, default=0) for sizes in maps)
+    inside = max(max(sizes, default=0) for sizes in maps)
     return torch.float32.itemsize * max(inside, reads * shape.vocabulary * shape.hidden)
