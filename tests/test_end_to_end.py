@@ -29,7 +29,7 @@ length = 128
 [[evaluation]]
 evaluator = "lm-eval"
 tasks = {tasks}
-limit = 8
+limit = 4
 
 [[evaluation]]
 evaluator = "perplexity"

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 BENCH = Path(__file__).parent / "bench"
-DOCUMENTS = 5
+DOCUMENTS = 3
 
 
 @pytest.fixture(scope="module")
