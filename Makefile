@@ -24,7 +24,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 OLDEST := .venv-oldest
-ENGINE_TESTS := tests/test_sweep.py tests/test_streaming.py tests/test_packing.py tests/test_passes.py
+ENGINE_TESTS := tests/test_sweep.py tests/test_streaming.py tests/test_packing.py tests/test_passes.py tests/test_rewrite.py
 # Threads that spin while they wait cost a busy machine several times the work.
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false

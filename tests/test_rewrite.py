@@ -20,7 +20,6 @@ from tiny import (
     built,
     change,
     close,
-    config_of,
     family_of,
     logits,
     narrowed,
@@ -40,6 +39,12 @@ from flexi_plugins.modeling import FlexiForCausalLM
 from flexi_plugins.rewrite import PlanWeights, build_model, plain_reason, read_attached, state_dict, write_checkpoint
 
 logging.disable_progress_bar()
+
+
+def recompute(model):
+    """Have a model compute activations again for their gradients, by the name that this release of transformers has."""
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    next(getattr(model, name) for name in names if hasattr(model, name))()
 
 
 def uneven(plan):
@@ -718,7 +723,7 @@ def test_a_training_step_touches_only_what_requires_a_gradient(flexible, checkpo
     for name in adapters:
         model.get_parameter(name).requires_grad_(True)
     if checkpointing:
-        model.activation_checkpointing_enable()
+        recompute(model)
     model.train()
     optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     first = model(tokens(), labels=tokens()).loss
@@ -734,7 +739,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(flexible):
     for checkpointing in (False, True):
         model = copy.deepcopy(flexible[0]).requires_grad_(True).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            recompute(model)
         model(tokens(), labels=tokens()).loss.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters()})
     assert all(close(gradients[1][n], g) for n, g in gradients[0].items())
@@ -822,10 +827,7 @@ def test_folders_open_in_either_order_of_imports(flexible, tmp_path):
 
 
 def test_the_twin_of_a_llama_is_exact():
-    """Mistral without a sliding window computes what Llama does, where Llama's configuration refuses the heads."""
-    config = config_of("llama")
+    """Mistral without a sliding window computes what Llama does, whose configuration refuses such heads in later releases."""
     plan = narrowed(opened(tiny()).shape, (0, 1, 2), None)
-    with pytest.raises(Exception, match="not a multiple of the number of attention"):
-        type(config).from_dict({**config.to_dict(), "num_attention_heads": 6, "num_key_value_heads": 3})
     assert isinstance(built(plan, tiny()), MistralForCausalLM)
     assert isinstance(built(narrowed(plan.shape, (0, 1), None), tiny()), LlamaForCausalLM)
