@@ -150,7 +150,10 @@ class Study:
     # -- plans
 
     def make_plans(self, works: Sequence[Work]) -> None:
-        """Make the plans of one seed's cells; a cell that fails is recorded, the others go on."""
+        """Make the plans of one seed's cells; a cell that fails is recorded, the others go on.
+
+        The highest ratio comes first: a search passes what lower ones try on its way, and knows it when they ask.
+        """
         for work in works:
             if work.metric is None:
                 work.planned = Planned(PruningPlan.identity(self.checkpoint.shape))
@@ -161,7 +164,7 @@ class Study:
             self._calibrate(pruner, missing)
             with self.progress.stage(f"planning {len(missing)} cells (seed {pruner.seed})", len(missing)) as advance:
                 made: dict[str, Planned] = {}
-                for work in missing:
+                for work in sorted(missing, key=lambda w: w.cell.ratio, reverse=True):
                     with self._caught(work):
                         self._make_plan(pruner, work, made)
                     advance(1)

@@ -372,6 +372,30 @@ def test_a_study_killed_in_a_search_tries_no_model_again(
     assert not (tmp_path / "run" / "journal").exists()
 
 
+def test_what_a_search_for_a_high_ratio_tried_is_known_to_those_for_lower_ones(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are planned behind it, whatever the order in the file."""
+    file = make_study(tmp_path / "s.toml", model, text, ["greedy"], ["remove-blocks"], ratios="[0.2, 0.5]")
+    tried: list[tuple[float, int]] = []
+    make, original = Pruner.make, Calibrator._measured_losses
+
+    def planning(self: Pruner, metric: Any, strategy: Any, ratio: float) -> Any:
+        tried.append((ratio, 0))
+        return make(self, metric, strategy, ratio)
+
+    def measured(self: Calibrator, searching: bool, planned: Any, advance: Any) -> list[float]:
+        tried.append((tried[-1][0], len(planned)))
+        return original(self, searching, planned, advance)
+
+    monkeypatch.setattr(Pruner, "make", planning)
+    monkeypatch.setattr(Calibrator, "_measured_losses", measured)
+    low, high = (r.plan for r in run_study(file, tmp_path / "run") if r.plan and r.cell.metric)
+    assert low.ratio < high.ratio, "records are in the order of the file"
+    assert [(ratio, count) for ratio, count in tried if not count] == [(0.5, 0), (0.2, 0)]
+    assert {ratio for ratio, count in tried if count} == {0.5}
+
+
 def test_an_interrupt_says_so_and_leaves_whole_files(long_study: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     status, said = stop(long_study, folder, lambda: count(folder / "journal") >= 3, signal.SIGINT)
