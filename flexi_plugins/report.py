@@ -48,7 +48,10 @@ def publish(plugins: Plugins, source: Path, target: Path) -> list[Path]:
     """
     records = [r for r in Store(source).records() if r.status != "failed"]
     if not records:
-        raise FlexiError(f"publish: {source} holds no finished record; run the study first")
+        raise FlexiError(
+            f"publish: {source} holds no finished record of the study that ran there last (its study.json names them); run that "
+            "study to its end, or another one"
+        )
     if (target / "records").exists():
         shutil.rmtree(target / "records")
     (target / PAIRED).unlink(missing_ok=True)

@@ -826,6 +826,10 @@ def test_reports_leave_out_records_that_are_not_the_studys_any_more(small: Small
     assert Store(small.folder).records() == sorted(now, key=lambda r: r.cell.label)
     publish(Plugins.load(), small.folder, small.folder.with_name("published"))
     assert len(Store(small.folder.with_name("published")).records()) == 2
+    (small.folder / "study.json").write_text('{"records": ["of-another-study"]}')
+    with pytest.raises(FlexiError, match="no finished record of the study that ran there last"):
+        publish(Plugins.load(), small.folder, small.folder.with_name("nothing"))
+    assert not small.folder.with_name("nothing").exists()
 
 
 def test_records_name_the_code_that_ran(model: Path, text: Path, tmp_path: Path, monkeypatch: Any) -> None:
