@@ -56,7 +56,7 @@ class WideProducts(TorchFunctionMode):
         if func not in PRODUCTS or not isinstance(args[0], Tensor) or not _is_narrow(args[0]):
             return func(*args, **given)
         if func is functional.linear:
-            return _linear(*args, **given)
+            return _wide_linear(*args, **given)
         wide_args, wide_given = tree_map_only(Tensor, _widened, (args, dict(given)))
         with torch.autocast("cpu", enabled=False):
             return func(*wide_args, **wide_given).bfloat16()
@@ -77,6 +77,7 @@ class _WideLinear(torch.autograd.Function):
     """A linear map computed in float32; for its gradients it keeps the factors as they were given, not in float32.
 
     So a training holds no second copy of the weights, twice as large as they are in bfloat16: they are widened again.
+    Other products are of activations alone, which torch keeps in float32.
     """
 
     @staticmethod
@@ -105,8 +106,8 @@ class _WideLinear(torch.autograd.Function):
         return tuple(found)  # type: ignore[return-value]
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """torch's signature."""
+def _wide_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return ``_WideLinear`` of arguments by place or by name, as ``functional.linear`` takes them."""
     return _WideLinear.apply(input, weight, bias)
 
 

@@ -29,7 +29,7 @@ length = 128
 [[evaluation]]
 evaluator = "lm-eval"
 tasks = {tasks}
-limit = 4
+limit = 8
 
 [[evaluation]]
 evaluator = "perplexity"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = [pytest.mark.real, pytest.mark.data]
-DOCUMENTS = 8
+DOCUMENTS = 12
 
 STOCK = """
 import json, logging, sys

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 BENCH = Path(__file__).parent / "bench"
-DOCUMENTS = 3
+DOCUMENTS = 5
 
 
 @pytest.fixture(scope="module")
