@@ -6,7 +6,8 @@ makes masks, positions and caches for them is transformers' own as well.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, cast
 
@@ -23,11 +24,22 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flexi_plugins.data import BlockShape, Family, PruningPlan
 
 NORM_EPSILON = 1e-6
+
+
+@contextmanager
+def unfilled() -> Iterator[None]:
+    """Build modules whose parameters have neither memory (device meta) nor initial values; their weights are put in later.
+
+    Buffers are real. Weights are not tied.
+    """
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        yield
 
 
 class BlockConfig:
@@ -300,7 +312,7 @@ class FlexiForCausalLM(PreTrainedModel, GenerationMixin):
         family_values["head_norms"] = tuple(family_values["head_norms"])
         family = Family(**family_values)
         base = config.base_config()
-        with torch.device("meta"), init_empty_weights(include_buffers=False):
+        with unfilled():
             block_class = layer_class(base, family)
         self.model = MODEL_MAPPING[type(base)](_body_config(base))
         self.model.config = base
@@ -339,7 +351,7 @@ class FlexiForCausalLM(PreTrainedModel, GenerationMixin):
             own = next((place for place in places if name.startswith(place)), None)
             if own is not None or not name.startswith(blocks):
                 state[places[own] + name.removeprefix(own) if own else name] = tensor
-        with init_empty_weights(include_buffers=False):
+        with unfilled():
             draft = FlexiForCausalLM(config)
         draft.load_state_dict(state, strict=True, assign=True)
         draft.tie_weights()

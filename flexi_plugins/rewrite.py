@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedConfig
 
@@ -19,7 +18,7 @@ from flexi_plugins.checkpoint import Checkpoint, LazyTensors, new_folder, read_a
 from flexi_plugins.data import BlockRecipe, Family, Part, PruningPlan, Weighted
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.files import write_tensor_file
-from flexi_plugins.modeling import FlexiConfig, FlexiForCausalLM, resized_config
+from flexi_plugins.modeling import FlexiConfig, FlexiForCausalLM, resized_config, unfilled
 
 Tensors = Mapping[str, Tensor]
 PLAN_FILE = "plan.json"
@@ -300,7 +299,7 @@ def build_model(
 ) -> nn.Module:
     """Return the plan's model in memory; with the stored dtype, unchanged tensors share the checkpoint's storage."""
     config = model_config(plan, checkpoint)
-    with init_empty_weights(include_buffers=False):
+    with unfilled():
         make = FlexiForCausalLM if isinstance(config, FlexiConfig) else AutoModelForCausalLM.from_config
         model = make(config)
     state = {n: t if dtype is None else t.to(dtype) for n, t in state_dict(plan, checkpoint, attached or {})}

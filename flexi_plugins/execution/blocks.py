@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import MODEL_MAPPING
@@ -21,7 +20,7 @@ from flexi_plugins.data import OUTER, PruningPlan
 from flexi_plugins.execution.branches import branching, chunks_of
 from flexi_plugins.execution.schedule import Step, plan_reads
 from flexi_plugins.execution.states import States
-from flexi_plugins.modeling import BlockSpec, build_block
+from flexi_plugins.modeling import BlockSpec, build_block, unfilled
 from flexi_plugins.precision import products
 from flexi_plugins.rewrite import Tensors, block_tensors, check_attached
 
@@ -65,7 +64,7 @@ class Blocks:
         self.states = States()
         self.seconds: defaultdict[str, float] = defaultdict(float)  # where the time of sweeps went
         family, config = checkpoint.family, checkpoint.config
-        with init_empty_weights(include_buffers=False):
+        with unfilled():
             self._shell = MODEL_MAPPING[type(config)](config).eval()
         blocks = getattr(self._shell, family.blocks)
         self._block_class = type(blocks[0])
@@ -178,7 +177,7 @@ class Blocks:
         check_attached(plan, attached)
         spec = BlockSpec.of_plan(plan)[position]
         donor = None if spec.shares is None else self.block(plan, spec.shares, attached)
-        with init_empty_weights(include_buffers=False):
+        with unfilled():
             block = build_block(self._block_class, self._block_config, self.checkpoint.family, spec, 0, donor)
         tensors = block_tensors(plan, position, self._reading(self._source), attached)
         state = {n: t.to(self.device, self.dtype) for n, t in tensors.items()}

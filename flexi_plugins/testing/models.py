@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.initialization import no_init_weights
 
 from flexi_plugins.checkpoint import Checkpoint
 from flexi_plugins.data import PruningPlan
@@ -90,8 +91,9 @@ def tiny_config(kind: str = "llama-gqa-tied", **changes: Any) -> PreTrainedConfi
 
 def tiny_model(config: PreTrainedConfig, seed: int = 0) -> nn.Module:
     """Return a float32 model with random weights; norms and biases are not at their trivial values either."""
-    with torch.random.fork_rng(devices=[]):
+    with no_init_weights():
         model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
     generator = torch.Generator().manual_seed(seed)
     loudness = LOUDNESS * 2 ** (2 * torch.rand(config.num_hidden_layers, generator=generator) - 1)
     for name, parameter in sorted(model.named_parameters()):
