@@ -131,7 +131,9 @@ def _channels(shape: ModelShape, block: int, values: Tensor, multiple: int) -> l
     first = len(order) % multiple or multiple  # what is over a multiple goes with the first group
     starts = [0, *range(first, len(order), multiple)]
     groups = [tuple(order[a:b]) for a, b in zip(starts, [*starts[1:], len(order)], strict=True)]
-    return [_Item(float(values[list(g)].mean()), block, "mlp", g, len(g) * shape.channel_cost()) for g in groups[:-1]]
+    means = values[order].tolist() if multiple == 1 else [float(values[list(g)].mean()) for g in groups]
+    cost = shape.channel_cost()
+    return [_Item(mean, block, "mlp", g, len(g) * cost) for mean, g in zip(means[:-1], groups[:-1], strict=True)]
 
 
 def without_units(shape: ModelShape, gone: dict[tuple[int, str], list[int]]) -> PruningPlan:

@@ -8,6 +8,7 @@ already, as the authors do; with the strategy flap and structure = "UL-UM" all b
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -96,8 +97,8 @@ class WandaSp:
         """Return the fraction that is set, or the smallest that meets the budget."""
         if self.fraction is not None:
             return self.fraction
-        steps = (step / STEPS for step in range(1, STEPS))
-        return next(f for f in steps if shape.parameters - saved(shape, f) <= budget.target)
+        steps = [step / STEPS for step in range(1, STEPS)]
+        return steps[bisect_left(steps, shape.parameters - budget.target, key=lambda fraction: saved(shape, fraction))]
 
     def finished(self, plan: PruningPlan, budget: Budget) -> bool:
         """Whether every block is narrowed."""

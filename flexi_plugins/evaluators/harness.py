@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,9 @@ def load_suite(
     return Suite(tasks, groups)
 
 
+@cache
 def _manager(whole: bool) -> Any:
-    """Return lm-eval's task manager; not the whole index if the tasks that run on local files are enough."""
+    """Return lm-eval's task manager, read once; not the whole index if the tasks that run on local files are enough."""
     from lm_eval import tasks
 
     with quiet():
