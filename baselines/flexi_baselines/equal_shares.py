@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 from flexi_plugins.data import ModelShape, PruningPlan
+
+STEPS = 1000  # a ratio is met by the smallest fraction of so many that meets it
 
 
 def going(shape: ModelShape, index: int, fraction: float) -> tuple[int, int]:
@@ -16,6 +20,12 @@ def saved(shape: ModelShape, fraction: float) -> int:
     counts = [going(shape, index, fraction) for index in range(len(shape.blocks))]
     heads = sum(h * shape.head_cost(b) for (h, _), b in zip(counts, shape.blocks, strict=True))
     return heads + sum(c for _, c in counts) * shape.channel_cost()
+
+
+def least_fraction(shape: ModelShape, excess: int) -> float:
+    """Return the smallest fraction by which so many parameters go; some fraction does that."""
+    steps = [step / STEPS for step in range(1, STEPS)]
+    return steps[bisect_left(steps, excess, key=lambda fraction: saved(shape, fraction))]
 
 
 def to_do(plan: PruningPlan, fraction: float) -> list[int]:

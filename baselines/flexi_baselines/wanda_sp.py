@@ -8,11 +8,10 @@ already, as the authors do; with the strategy flap and structure = "UL-UM" all b
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from flexi_baselines.equal_shares import going, saved, to_do
+from flexi_baselines.equal_shares import STEPS, going, least_fraction, saved, to_do
 from flexi_plugins.budget import check_reach, lowest, without_units
 from flexi_plugins.data import ModelShape, PruningPlan, Scores
 from flexi_plugins.errors import FlexiError
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PAPER = "Wanda-sp, in FLAP, arXiv 2312.11983"
-STEPS = 1000  # a ratio is met by the smallest fraction of so many that meets it
 
 
 @dataclass(frozen=True)
@@ -97,8 +95,7 @@ class WandaSp:
         """Return the fraction that is set, or the smallest that meets the budget."""
         if self.fraction is not None:
             return self.fraction
-        steps = [step / STEPS for step in range(1, STEPS)]
-        return steps[bisect_left(steps, shape.parameters - budget.target, key=lambda fraction: saved(shape, fraction))]
+        return least_fraction(shape, shape.parameters - budget.target)
 
     def finished(self, plan: PruningPlan, budget: Budget) -> bool:
         """Whether every block is narrowed."""
