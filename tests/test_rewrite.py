@@ -30,12 +30,13 @@ from tiny import (
     tokens,
 )
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from flexi_plugins.checkpoint import INDEX, Checkpoint, write_tensors
 from flexi_plugins.data import BlockRecipe, Part, PruningPlan
 from flexi_plugins.errors import FlexiError
+from flexi_plugins.execution.blocks import Blocks
 from flexi_plugins.modeling import FlexiForCausalLM
 from flexi_plugins.rewrite import PlanWeights, build_model, plain_reason, read_attached, state_dict, write_checkpoint
 
@@ -199,6 +200,26 @@ def test_a_plan_that_changes_nothing_changes_nothing(kind):
     assert torch.equal(logits(same, ids), logits(model, ids))
     shared = {p.data_ptr() for p in model.parameters()}
     assert all(p.data_ptr() in shared for p in same.parameters())  # unchanged weights are not copied
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "llama-biases"])
+def test_no_initial_value_is_computed_for_weights_that_are_put_in(kind, monkeypatch):
+    model = tiny(kind)
+    checkpoint = opened(model)
+    plan, attached = everything(checkpoint.shape)
+
+    def no(*_, **__):
+        pytest.fail("initial values are computed")
+
+    for name in ("normal_", "kaiming_uniform_", "uniform_"):
+        monkeypatch.setattr(torch.nn.init, name, no)
+    monkeypatch.setattr(PreTrainedModel, "init_weights", no)
+    build_model(PruningPlan.identity(checkpoint.shape), checkpoint)
+    flexible = build_model(plan, checkpoint, attached)
+    assert isinstance(flexible, FlexiForCausalLM)
+    Blocks(checkpoint)
+    with pytest.raises(pytest.fail.Exception, match="initial values"):
+        AutoModelForCausalLM.from_config(model.config)
 
 
 @pytest.mark.parametrize("kind", ["llama-tied", "qwen2-mixed"])
