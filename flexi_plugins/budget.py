@@ -127,13 +127,13 @@ def _heads(shape: ModelShape, block: int, values: Tensor, floor: int) -> list[_I
 
 
 def _channels(shape: ModelShape, block: int, values: Tensor, multiple: int) -> list[_Item]:
-    order = values.argsort(stable=True).tolist()
+    ordered, indices = values.sort(stable=True)
+    order, cost = indices.tolist(), shape.channel_cost()
     first = len(order) % multiple or multiple  # what is over a multiple goes with the first group
     starts = [0, *range(first, len(order), multiple)]
     groups = [tuple(order[a:b]) for a, b in zip(starts, [*starts[1:], len(order)], strict=True)]
-    means = values[order].tolist() if multiple == 1 else [float(values[list(g)].mean()) for g in groups]
-    cost = shape.channel_cost()
-    return [_Item(mean, block, "mlp", g, len(g) * cost) for mean, g in zip(means[:-1], groups[:-1], strict=True)]
+    means = [ordered[:first].mean().item(), *ordered[first:].view(-1, multiple).mean(1).tolist()]
+    return [_Item(mean, block, "mlp", g, len(g) * cost) for mean, g in zip(means, groups, strict=True)][:-1]
 
 
 def without_units(shape: ModelShape, gone: dict[tuple[int, str], list[int]]) -> PruningPlan:

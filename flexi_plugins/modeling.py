@@ -176,7 +176,7 @@ def _linear(block: nn.Module, path: str) -> nn.Linear:
 
 def layer_class(config: PreTrainedConfig, family: Family) -> type[nn.Module]:
     """Return transformers' class of one block of this architecture."""
-    with torch.device("meta"):
+    with unfilled():
         body = MODEL_MAPPING[type(config)](resized_config(config))
     return type(getattr(body, family.blocks)[0])
 
@@ -312,8 +312,7 @@ class FlexiForCausalLM(PreTrainedModel, GenerationMixin):
         family_values["head_norms"] = tuple(family_values["head_norms"])
         family = Family(**family_values)
         base = config.base_config()
-        with unfilled():
-            block_class = layer_class(base, family)
+        block_class = layer_class(base, family)
         self.model = MODEL_MAPPING[type(base)](_body_config(base))
         self.model.config = base
         setattr(self.model, family.blocks, nn.ModuleList(self._blocks(config, base, family, block_class)))
