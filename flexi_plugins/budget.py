@@ -38,6 +38,23 @@ def smallest(count: int, make: Callable[[int], PruningPlan], budget: Budget, who
     )
 
 
+def removable(shape: ModelShape, first: int, last: int) -> int:
+    """Return how many blocks can go where the first and the last ones are protected, and at least one stays."""
+    return min(len(shape.blocks) - first - last, len(shape.blocks) - 1)
+
+
+def removable_share(shape: ModelShape, first: int, last: int) -> float:
+    """Return the ratio of removing them all."""
+    gone = shape.blocks[first : first + max(0, removable(shape, first, last))]
+    return sum(map(shape.block_parameters, gone)) / shape.parameters
+
+
+def check_count(who: str, option: str, count: int, most: int) -> None:
+    """Raise unless a strategy's own number of what is to go lies in 1..most."""
+    if not 0 < count <= most:
+        raise FlexiError(f"{who}: {option} = {count}, expected 1..{most} on this model")
+
+
 def least_loss(losses: Sequence[float], what: str) -> int:
     """Return the index of the lowest loss, the first of equal ones; raise if with all of ``what`` the model breaks down."""
     if not any(math.isfinite(loss) for loss in losses):

@@ -3,6 +3,7 @@ tensors come, folders that appear by rename when they are whole."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
@@ -29,6 +30,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from flexi_plugins.data import Family, ModelShape
 from flexi_plugins.errors import FlexiError
+from flexi_plugins.files import remove_leftovers
 
 FamilyOf = Callable[[Any], Family]
 INDEX = "model.safetensors.index.json"
@@ -54,6 +56,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 """What safetensors calls torch's dtypes."""
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Those of weights; in others weights mean something with their scales only, which are not read."""
 HUGE = 4 * 2**20
 """Tensors of at least so many bytes are read into huge pages."""
 HEADER = 128 * 2**10
@@ -99,12 +103,16 @@ class Checkpoint:
 
     @classmethod
     def from_folder(cls, folder: Path | str, family_of: FamilyOf, name: str | None = None) -> Checkpoint:
-        """Open a folder with config.json and safetensors; every header is checked, no weight is read."""
+        """Open a folder with config.json and safetensors; every header is checked, no weight is read.
+
+        Raise a FlexiError where a tensor is missing, has another shape than config.json promises or is quantised.
+        """
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             raise FlexiError(f"model {str(folder)!r}: no config.json in the folder; expected a Hugging Face checkpoint")
         config = read_config(folder)
         family = family_of(config)
+        _check_unquantised(config, name or str(folder))
         reader = _FolderReader(folder)
         checkpoint = cls(name or str(folder), config, family, reader, folder)
         _check_tensors(reader, checkpoint)
@@ -112,9 +120,9 @@ class Checkpoint:
 
     @classmethod
     def from_model(cls, model: nn.Module, family_of: FamilyOf, name: str = "in memory") -> Checkpoint:
-        """Wrap a transformers model in memory; its parameters are shared, not copied."""
+        """Wrap a transformers model in memory; its parameters are shared, and copied from a GPU when they are read."""
         state = model.state_dict()
-        return cls(name, model.config, family_of(model.config), state.__getitem__, None)
+        return cls(name, model.config, family_of(model.config), lambda tensor: state[tensor].cpu(), None)
 
     def resident(self) -> Checkpoint:
         """Return the same checkpoint with every tensor it has read kept in memory."""
@@ -448,6 +456,18 @@ def _entry(file: Path, name: str, entry: Any, data: int) -> _Place:
     return _Place(file, dtype, shape, data + start, size)
 
 
+def _check_unquantised(config: PreTrainedConfig, name: str) -> None:
+    """Raise if a configuration says that the weights are quantised."""
+    found = getattr(config, "quantization_config", None)
+    if found:
+        values = found if isinstance(found, Mapping) else found.to_dict()
+        raise FlexiError(
+            f"model {name!r}: its config.json has a quantization_config (quant_method {values.get('quant_method')!r}), and "
+            f"weights are read without scales; expected none, and weights in one of {', '.join(FLOATS)}: give the "
+            "unquantised checkpoint"
+        )
+
+
 def _check_tensors(reader: _FolderReader, checkpoint: Checkpoint) -> None:
     for name, shape in checkpoint.tensor_names().items():
         if name not in reader:
@@ -455,12 +475,17 @@ def _check_tensors(reader: _FolderReader, checkpoint: Checkpoint) -> None:
                 f"checkpoint: {reader.folder}: tensor {name!r} is missing; config.json promises shape {list(shape)}"
             )
         place = reader.place(name)
+        if place.dtype not in FLOATS:
+            raise FlexiError(
+                f"checkpoint: {place.file}: tensor {name!r} has dtype {place.dtype}, expected one of {', '.join(FLOATS)}: "
+                f"the weights of model {checkpoint.name!r} are quantised, and would be read without their scales; give "
+                "the unquantised checkpoint, or convert this one to BF16"
+            )
         if place.shape != shape:
             raise FlexiError(
                 f"checkpoint: {place.file}: tensor {name!r} has shape {list(place.shape)}, "
                 f"config.json promises {list(shape)}"
             )
-        _dtype(place, name)
 
 
 # ---------------------------------------------------------------------------------------------- writing
@@ -468,13 +493,17 @@ def _check_tensors(reader: _FolderReader, checkpoint: Checkpoint) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``folder``, renamed to it when whole and removed when anything fails."""
+    """Yield a temporary folder beside ``folder``, renamed to it when whole and removed when anything fails.
+
+    What a killed process left of the same folder is removed first.
+    """
     if folder.exists():
         raise FlexiError(f"output {str(folder)!r} exists already; name another folder or remove it")
     temporary = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        remove_leftovers(folder.parent, f".{glob.escape(folder.name)}.*.tmp")
+        temporary = Path(tempfile.mkdtemp(f".{os.getpid()}.tmp", f".{folder.name}.", folder.parent))
         yield temporary
         os.chmod(temporary, 0o755)
         os.replace(temporary, folder)

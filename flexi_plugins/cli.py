@@ -654,7 +654,10 @@ def main() -> None:
 
 
 def _interrupted() -> None:
-    typer.echo("interrupted: what is finished is kept; the same command goes on from there", err=True)
+    typer.echo(
+        "interrupted: what studies, trainings and searches with an output have done is kept; run the same command again",
+        err=True,
+    )
     sys.exit(INTERRUPTED)
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import shutil
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from flexi_plugins.data import PruningPlan
+from flexi_plugins.data import Measurement, PruningPlan, digest
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.execution.likelihoods import AnswerJournal, likelihoods
 from flexi_plugins.execution.sweep import Planned, Sweeper
@@ -40,19 +42,48 @@ class Measurer:
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.scratch, ignore_errors=True)
 
-    def run(self, measure: Measure, candidates: Sequence[Candidate]) -> Iterator[Outcome]:
+    def run(
+        self, measure: Measure, candidates: Sequence[Candidate], setting: Mapping[str, Any] | None = None
+    ) -> Iterator[Outcome]:
         """Return the outcomes of the candidates, in their order: all made already, or one by one as they are taken.
 
-        When the evaluator breaks, what it has not measured has that as its failure; a FlexiError ends the study.
+        When the evaluator breaks, what it has not measured has that as its failure; a FlexiError ends the study. With a
+        journal, outcomes that are whole are kept in it as they are taken, and not measured again; setting: the
+        evaluator's options and the digest of what it reads.
         """
-        evaluator = self.pruner.plugins.get("evaluator", measure.evaluator, measure.options)
+        entry = self.pruner.plugins.entry("evaluator", measure.evaluator, measure.options)
+        key = digest([asdict(entry.provenance), setting, *self._setting, self.pruner.seed])
+        known = {c.plan.hash: kept for c in candidates if (kept := self._kept(c.plan, key)) is not None}
+        asked = [c for c in candidates if c.plan.hash not in known]
+        made: Iterator[Outcome] = iter(())
         try:
-            made: Iterator[Outcome] = iter(evaluator.evaluate(self._request(candidates)))
+            if asked:
+                made = iter(entry.object.evaluate(self._request(asked)))
         except FlexiError:
             raise
         except Exception as error:  # a plugin may fail in any way, and the other evaluators go on
             made = itertools.repeat(self._broken(measure.evaluator, error))
-        return self._taken(measure.evaluator, made, candidates)
+        return self._all(candidates, known, self._taken(measure.evaluator, made, asked), key)
+
+    @property
+    def _setting(self) -> list[str]:
+        return [self.pruner.checkpoint.fingerprint(), str(self.pruner.dtype)]
+
+    def _kept(self, plan: PruningPlan, key: str) -> Outcome | None:
+        found = self.journal.get(plan.hash, key) if self.journal else None
+        return None if found is None else _outcome_of(*found)
+
+    def _all(
+        self, candidates: Sequence[Candidate], known: Mapping[str, Outcome], taken: Iterator[Outcome], key: str
+    ) -> Iterator[Outcome]:
+        for candidate in candidates:
+            outcome = known.get(candidate.plan.hash)
+            if outcome is None:
+                outcome = next(taken)
+                if self.journal and _is_whole(outcome):
+                    with suppress(TypeError):  # documents that are no JSON: it is measured again then
+                        self.journal.put(candidate.plan.hash, key, _parts_of(outcome))
+            yield outcome
 
     def _taken(self, evaluator: str, made: Iterator[Outcome], candidates: Sequence[Candidate]) -> Iterator[Outcome]:
         for index, candidate in enumerate(candidates):
@@ -86,13 +117,12 @@ class Measurer:
     def _request(self, candidates: Sequence[Candidate]) -> EvaluationRequest:
         chosen = [self.planned[c.plan.hash] for c in candidates]
         pruner = self.pruner
-        setting = [pruner.checkpoint.fingerprint(), str(pruner.dtype)]
 
         def answer(
             requests: Sequence[Any], title: str, softmax_dtype: str = "float32"
         ) -> list[list[tuple[float, bool]]]:
             stage, rounding = pruner.progress.stage, float_dtype(softmax_dtype)
-            found = likelihoods(self.sweeper, chosen, requests, self.journal, setting, stage, title, rounding)
+            found = likelihoods(self.sweeper, chosen, requests, self.journal, self._setting, stage, title, rounding)
             self.lost |= {chosen[i].plan.hash: position for i, position in self.sweeper.broken.items()}
             return found
 
@@ -109,6 +139,21 @@ class Measurer:
             dtype=str(pruner.dtype).removeprefix("torch."),
             max_length=pruner.checkpoint.config.max_position_embeddings,
         )
+
+
+def _is_whole(outcome: Outcome) -> bool:
+    return outcome.failure is None and all(math.isfinite(m.value) for m in outcome.measurements)
+
+
+def _parts_of(outcome: Outcome) -> list[Any]:
+    """Return an outcome that has no failure as JSON values."""
+    return [[asdict(m) for m in outcome.measurements], outcome.documents, outcome.versions]
+
+
+def _outcome_of(
+    measurements: Sequence[Mapping[str, Any]], documents: Sequence[Mapping[str, Any]], versions: Mapping[str, str]
+) -> Outcome:
+    return Outcome(tuple(Measurement(**m) for m in measurements), tuple(documents), versions=versions)
 
 
 def _exporter(pruner: Pruner, planned: Sequence[Planned], scratch: Path) -> Callable[[int], Path]:

@@ -15,7 +15,7 @@ from flexi_plugins.errors import FlexiError
 if TYPE_CHECKING:
     from torch import Tensor
 
-TEMPORARY = re.compile(r"\.(\d+)\.tmp$")  # of a file that the process of this number was writing
+TEMPORARY = re.compile(r"\.(\d+)\.tmp$")  # of a file or folder that the process of this number was writing
 
 
 @contextmanager
@@ -38,11 +38,14 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files and folders that killed processes left in a folder; those of running ones stay."""
+def remove_leftovers(folder: Path, pattern: str = "**/*.tmp") -> None:
+    """Remove the temporary files and folders that killed processes left in a folder; those of running ones stay.
+
+    pattern: which of them, as a glob from the folder on; by default all, at any depth.
+    """
     import psutil
 
-    for path in folder.rglob("*.tmp"):
+    for path in list(folder.glob(pattern)):
         match = TEMPORARY.search(path.name)
         if match and (int(match[1]) == os.getpid() or not psutil.pid_exists(int(match[1]))):
             if path.is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 from pathlib import Path
@@ -14,6 +15,8 @@ from flexi_plugins.modeling import FlexiConfig
 from flexi_plugins.rewrite import PLAN_FILE
 
 PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model", "*.jinja", "*.txt"]
+IGNORED = ["consolidated*.safetensors"]  # Mistral's own form of the same weights, which is not read
+FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk, or of what one may have of it
 
 
 def open_model(name: str, family_of: FamilyOf) -> Checkpoint:
@@ -62,21 +65,62 @@ def cache_folder() -> Path:
 
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     repository, _, revision = name.partition("@")
     try:
-        folder = snapshot_download(repository, revision=revision or None, allow_patterns=PATTERNS)
-    except RepositoryNotFoundError:
-        raise FlexiError(
-            f"model {name!r}: the hub has no such repository (or it is private; see `hf auth login`)"
-        ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise FlexiError(
-            f"model {name!r}: the hub cannot be reached and no local copy is cached ({type(error).__name__}); "
-            "give a folder with the checkpoint instead"
-        ) from None
+        folder = snapshot_download(
+            repository, revision=revision or None, allow_patterns=PATTERNS, ignore_patterns=IGNORED
+        )
+    except Exception as error:  # the hub's client, its proxies and its transfers have no base class in common
+        raise FlexiError(f"model {name!r}: {_refusal(repository, revision, error)}") from None
     return Path(folder)
+
+
+def _refusal(repository: str, revision: str, error: Exception) -> str:
+    """Return why a repository was not fetched, what the hub's client said, and what to do."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, errors.HfHubHTTPError):
+        error = error.__cause__  # the hub was reached, and gave an answer
+    again, instead = "then give the same command again", "give a folder with the checkpoint instead"
+    incomplete = getattr(errors, "IncompleteSnapshotError", ())  # older releases take what is there for the whole
+    kinds = (  # the first that fits: a gated repository is one not found too, and an incomplete copy one not cached
+        (errors.HFValidationError, "no repository can have this name", f"correct it, or {instead}"),
+        (
+            errors.GatedRepoError,
+            "its repository is gated",
+            f"accept its licence at {constants.ENDPOINT}/{repository}, log in with `hf auth login`, {again}",
+        ),
+        (
+            errors.RepositoryNotFoundError,
+            "the hub has no such repository, or it is private",
+            "check the name, or log in with `hf auth login`",
+        ),
+        (
+            errors.RevisionNotFoundError,
+            f"its repository has no revision {revision or 'main'!r}",
+            "give a branch, a tag or a commit that it has, as OWNER/NAME@REVISION",
+        ),
+        (
+            incomplete,
+            "the hub cannot be reached, and the local copy is not whole",
+            f"connect to the network, {again}, or {instead}",
+        ),
+        (
+            errors.LocalEntryNotFoundError,
+            "the hub cannot be reached and no local copy is cached",
+            f"connect to the network, {again}, or {instead}",
+        ),
+        (Exception, "its files cannot be fetched", f"try again when that is put right, or {instead}"),
+    )
+    what, to_do = next((what, to_do) for kind, what, to_do in kinds if isinstance(error, kind))
+    if getattr(error, "errno", None) in FULL or "No space left" in str(error):  # the latter where xet was writing
+        what = "the disk is full"
+        to_do = f"free space for {constants.HF_HUB_CACHE}, or name a folder on another disk as HF_HOME, {again}"
+    elif type(error).__name__ == "ProxyError":  # of httpx or httpx2, by release
+        what, to_do = "the proxy lets nothing through to the hub", f"check HTTPS_PROXY and HTTP_PROXY, or {instead}"
+    said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{what} ({said}); {to_do}"
 
 
 def default_model() -> Path:

@@ -107,6 +107,16 @@ def _distance(along: Tensor, across: Tensor) -> Tensor:
     return distance.addcmul_(backward, backward).sub_(backward).clamp_max_(2)
 
 
+def enlargement(before: Tensor, after: Tensor) -> float:
+    """Return Prune&Comp's alpha: the mean over channels of the mean over windows of after / before, both (windows, hidden).
+
+    before, after: mean magnitudes of the residual stream. A channel that is silent in a window says nothing there, and
+    counts as unchanged.
+    """
+    ratio = (after / before).where(before > 0, after.new_ones(()))
+    return float(ratio.double().mean(0).mean())
+
+
 def standardise(values: Tensor) -> Tensor:
     """Return (values - mean) / std over all entries; zeros where they do not differ (or there is one)."""
     if values.numel() < 2:

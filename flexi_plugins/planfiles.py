@@ -12,7 +12,7 @@ from typing import Any
 from flexi_plugins.data import PruningPlan, digest
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.execution.sweep import Planned
-from flexi_plugins.files import write_tensor_file, write_text
+from flexi_plugins.files import remove_leftovers, write_tensor_file, write_text
 from flexi_plugins.pruner import Pruner, origin
 from flexi_plugins.rewrite import read_attached
 from flexi_plugins.store import Store
@@ -84,6 +84,7 @@ def write_trained(pruner: Pruner, trained: Planned, checkpoints: Path, of_method
     unfinished = checkpoints / "model"
     shutil.rmtree(unfinished, ignore_errors=True)
     pruner.write(trained, unfinished)
+    remove_leftovers(of_method)
     for file in of_method.glob("*"):
         if file.is_file():
             shutil.move(file, unfinished / file.name)

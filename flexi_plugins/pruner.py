@@ -19,7 +19,7 @@ from flexi_plugins.checkpoint import Checkpoint
 from flexi_plugins.corpora.files import find_corpus
 from flexi_plugins.corpora.training import training_text
 from flexi_plugins.corpora.windows import token_windows
-from flexi_plugins.data import BlockRecipe, ModelShape, PruningPlan, Scores, Statistics, digest
+from flexi_plugins.data import ModelShape, PruningPlan, Scores, Statistics, digest
 from flexi_plugins.errors import FlexiError, unknown
 from flexi_plugins.execution.blocks import Blocks
 from flexi_plugins.execution.likelihoods import AnswerJournal
@@ -133,6 +133,23 @@ class Pruner:
         )
         return torch.tensor(windows), torch.tensor(samples), f"{first[:32]}{second[:32]}"
 
+    def calibrated(self, calibration: Calibration, seed: int) -> Pruner:
+        """Return a pruner of the same model on other calibration text; blocks in memory are those of both."""
+        other = Pruner(
+            self.checkpoint,
+            calibration,
+            seed=seed,
+            data=self.data,
+            dtype=str(self.dtype).removeprefix("torch."),
+            device=self.machine.device,
+            memory=self.machine.memory,
+            plugins=self.plugins,
+            progress=self.progress,
+            journal=self.trials.journal,
+        )
+        other.blocks = self.blocks
+        return other
+
     @cached_property
     def blocks(self) -> Blocks:
         """The blocks of this model's plans."""
@@ -235,7 +252,7 @@ class Pruner:
         return {**asdict(self.calibration), "seed": self.seed, "text": self.texts[2][:16]}
 
     def attach(self, plan: PruningPlan) -> Planned:
-        """Make the new tensors of a plan, where it has any: by the strategy that its origin names."""
+        """Make the new tensors of a plan, where it has any: by the strategy and on the text that its origin names."""
         missing = needed_tensors(plan)
         if not missing:
             return Planned(plan)
@@ -255,7 +272,26 @@ class Pruner:
                 f"plan: {len(missing)} tensors ({missing[0]}, ...) are missing that {made_by} made step by step; they lie "
                 "beside the plan, or make the plan again"
             )
-        return self._attached(Planned(plan), strategy, self._original)
+        maker = self._as_calibrated(plan)
+        made = maker._attached(Planned(plan), strategy, self._original)
+        if maker is not self:
+            maker.calibrator.forget([])
+        return made
+
+    def _as_calibrated(self, plan: PruningPlan) -> Pruner:
+        """Return a pruner on the text that a plan was made by; raise where that is another text now."""
+        text = plan.origin.get("calibration", self._calibrated_on)
+        if text == self._calibrated_on:
+            return self
+        setting = dict(text)
+        seed, found = setting.pop("seed"), setting.pop("text")
+        other = self.calibrated(Calibration(**setting), seed)
+        if other.texts[2][:16] != found:
+            raise FlexiError(
+                f"plan: its new tensors are to be made on {setting['corpus']!r}, seed {seed}, as the plan was, and that text "
+                f"is another now ({other.texts[2][:16]}, expected {found}); make the plan again"
+            )
+        return other
 
     def _attached(self, planned: Planned, strategy: ReplacementStrategy, before: Planned) -> Planned:
         """Return the plan with its missing tensors made; ``before`` is what the step that brought them saw."""
@@ -278,7 +314,7 @@ class Pruner:
         for name, tensor in made.items():
             if not bool(tensor.isfinite().all()):
                 raise FlexiError(f"strategy {strategy.name!r}: its tensor {name!r} is not finite (NaN or infinity)")
-        attached = {**planned.attached, **made}
+        attached = {**planned.attached, **{name: tensor.cpu() for name, tensor in made.items()}}
         return Planned(with_digests(plan, attached), attached)
 
     # -- recovery
@@ -644,56 +680,3 @@ def _check_progress(strategy: ReplacementStrategy, before: PruningPlan, after: P
         raise FlexiError(
             f"strategy {strategy.name!r}: a step at ratio {after.ratio:.4f} changed nothing, and it says it is not finished"
         )
-
-
-def plan_rows(plan: PruningPlan) -> list[dict[str, Any]]:
-    """Return what becomes of each block, for people: one mapping a block of the new model, and one a removed block."""
-    rows = [_plan_row(plan, position) for position in range(len(plan.blocks))]
-    used = {s for r in plan.blocks for s in r.sources}
-    for source in range(len(plan.shape.blocks)):
-        if source not in used:
-            rows.append(
-                {"block": "-", "from": str(source), "what": "removed", "kv_heads": 0, "channels": 0, "parameters": 0}
-            )
-    return rows
-
-
-def _plan_row(plan: PruningPlan, position: int) -> dict[str, Any]:
-    recipe = plan.blocks[position]
-    shape = plan.block_shape(recipe)
-    return {
-        "block": str(position),
-        "from": " + ".join(map(str, recipe.sources)),
-        "what": _what(plan, position),
-        "kv_heads": shape.kv_heads,
-        "channels": shape.channels,
-        "parameters": plan.stored_in(recipe),
-    }
-
-
-def _what(plan: PruningPlan, position: int) -> str:
-    recipe = plan.blocks[position]
-    said = [_made_of(plan, recipe)]
-    said += [f"gain {recipe.gain:g}"] if recipe.gain != 1.0 else []
-    said += [f"new {', '.join(recipe.own)}"] if recipe.own else []
-    return "; ".join(text for text in said if text) or "unchanged"
-
-
-def _made_of(plan: PruningPlan, recipe: BlockRecipe) -> str:
-    """Say which units a block has; nothing of one that is whole."""
-    if recipe.shares is not None:
-        return f"weights of block {recipe.shares}, adapters of rank {recipe.rank}"
-    if recipe.mix:
-        return "weighted sum"
-    if len(recipe.parts) > 1 or len(recipe.norm_weights) > 1:
-        pieces = [f"{_units(p.kv_heads)} heads + {_units(p.channels)} channels of {p.source}" for p in recipe.parts]
-        return "merged: " + ", ".join(pieces)
-    part = recipe.parts[0]
-    if part.kv_heads is None and part.channels is None:
-        return ""
-    old, new = plan.shape.blocks[part.source], plan.block_shape(recipe)
-    return f"narrowed by {old.kv_heads - new.kv_heads} KV heads, {old.channels - new.channels} channels"
-
-
-def _units(units: tuple[int, ...] | None) -> str:
-    return "all" if units is None else str(len(units))

@@ -44,8 +44,14 @@ def write_reports(plugins: Plugins, records: Sequence[Record], folder: Path, tit
 def publish(plugins: Plugins, source: Path, target: Path) -> list[Path]:
     """Copy a study's finished records and the reports generated from them to ``target``; return the reports.
 
-    Outcomes of single documents are not copied.
+    Outcomes of single documents are not copied, so a study cannot be published to its own folder.
     """
+    if source.resolve() == target.resolve():
+        raise FlexiError(
+            f"publish: expected another folder than that of the study, found {target}, which is {source.resolve()}: what "
+            "became of every document is not published and would be lost; name a new folder, such as "
+            f"results/{source.resolve().name}"
+        )
     records = [r for r in Store(source).records() if r.status != "failed"]
     if not records:
         raise FlexiError(

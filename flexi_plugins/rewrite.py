@@ -92,7 +92,7 @@ def _concatenated(
         tensor = read(source)
         for position, rows in taken.items():
             if recipe.parts[position].source == source:
-                pieces[position] = tensor if rows is None else tensor.index_select(dimension, rows)
+                pieces[position] = tensor if rows is None else tensor.index_select(dimension, rows.to(tensor.device))
         del tensor
     ordered = [pieces[position] for position in sorted(pieces)]
     return ordered[0] if len(ordered) == 1 else torch.cat(ordered, dimension)

@@ -11,14 +11,12 @@ import typer
 
 if TYPE_CHECKING:
     from flexi_plugins.checkpoint import Checkpoint
-    from flexi_plugins.data import PruningPlan
+    from flexi_plugins.data import BlockRecipe, PruningPlan
     from flexi_plugins.plugins import Plugins
 
 
 def plan_summary(made: PruningPlan) -> dict[str, Any]:
     """Return what a plan comes to, as JSON values."""
-    from flexi_plugins.pruner import plan_rows
-
     return {
         "original_parameters": made.shape.parameters,
         "stored_parameters": made.stored_parameters,
@@ -28,6 +26,59 @@ def plan_summary(made: PruningPlan) -> dict[str, Any]:
         "blocks": plan_rows(made),
         "notes": list(made.origin.get("notes", ())),
     }
+
+
+def plan_rows(plan: PruningPlan) -> list[dict[str, Any]]:
+    """Return what becomes of each block, for people: one mapping a block of the new model, and one a removed block."""
+    rows = [_plan_row(plan, position) for position in range(len(plan.blocks))]
+    used = {s for r in plan.blocks for s in r.sources}
+    for source in range(len(plan.shape.blocks)):
+        if source not in used:
+            rows.append(
+                {"block": "-", "from": str(source), "what": "removed", "kv_heads": 0, "channels": 0, "parameters": 0}
+            )
+    return rows
+
+
+def _plan_row(plan: PruningPlan, position: int) -> dict[str, Any]:
+    recipe = plan.blocks[position]
+    shape = plan.block_shape(recipe)
+    return {
+        "block": str(position),
+        "from": " + ".join(map(str, recipe.sources)),
+        "what": _what(plan, position),
+        "kv_heads": shape.kv_heads,
+        "channels": shape.channels,
+        "parameters": plan.stored_in(recipe),
+    }
+
+
+def _what(plan: PruningPlan, position: int) -> str:
+    recipe = plan.blocks[position]
+    said = [_made_of(plan, recipe)]
+    said += [f"gain {recipe.gain:g}"] if recipe.gain != 1.0 else []
+    said += [f"new {', '.join(recipe.own)}"] if recipe.own else []
+    return "; ".join(text for text in said if text) or "unchanged"
+
+
+def _made_of(plan: PruningPlan, recipe: BlockRecipe) -> str:
+    """Say which units a block has; nothing of one that is whole."""
+    if recipe.shares is not None:
+        return f"weights of block {recipe.shares}, adapters of rank {recipe.rank}"
+    if recipe.mix:
+        return "weighted sum"
+    if len(recipe.parts) > 1 or len(recipe.norm_weights) > 1:
+        pieces = [f"{_units(p.kv_heads)} heads + {_units(p.channels)} channels of {p.source}" for p in recipe.parts]
+        return "merged: " + ", ".join(pieces)
+    part = recipe.parts[0]
+    if part.kv_heads is None and part.channels is None:
+        return ""
+    old, new = plan.shape.blocks[part.source], plan.block_shape(recipe)
+    return f"narrowed by {old.kv_heads - new.kv_heads} KV heads, {old.channels - new.channels} channels"
+
+
+def _units(units: tuple[int, ...] | None) -> str:
+    return "all" if units is None else str(len(units))
 
 
 def totals(made: PruningPlan) -> str:

@@ -6,6 +6,7 @@ is whole. What cannot be read all the same is reported in ``problems`` and treat
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import json
 import math
@@ -15,8 +16,8 @@ import re
 import shutil
 import subprocess
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,14 +85,39 @@ def write_traceback(folder: Path, name: str) -> Path:
     return path
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock, also from other threads; raise where it is held. It ends with the process, however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise FlexiError(
+                f"study: {folder} is in use by process {file.read().strip() or 'unknown'}; wait for its end, or give another "
+                "folder (--out)"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            Path(file.name).unlink(missing_ok=True)
+
+
 # ---------------------------------------------------------------------------------------------- store
 
 
 class Store:
-    """The records, documents and plans of one study in its folder. ``problems`` says which files could not be used."""
+    """The records, documents and plans of one study in its folder. ``problems`` says which files could not be used.
 
-    def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
+    say: is told of each of them when it is found.
+    """
+
+    def __init__(self, folder: Path | str, say: Callable[[str], None] = lambda problem: None) -> None:
+        self.folder, self._say = Path(folder), say
         self.problems: list[str] = []
         for name in ("records", "documents", "plans"):
             remove_leftovers(self.folder / name)
@@ -160,6 +186,7 @@ class Store:
     def _note(self, problem: str) -> None:
         if problem not in self.problems:
             self.problems.append(problem)
+            self._say(problem)
 
     def _documents_path(self, cell: Cell) -> Path:
         return self.folder / "documents" / f"{_name(cell)}.parquet"
@@ -205,6 +232,7 @@ class Store:
     def keep(self, key: str, folder: Path) -> None:
         """Move the files directly in a folder beside the plan of a key, under its name."""
         (self.folder / "plans").mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
         for file in sorted(p for p in folder.glob("*") if p.is_file()):
             shutil.move(file, self._plan_path(key, f".{file.name}"))
 

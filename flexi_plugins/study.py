@@ -31,7 +31,7 @@ from flexi_plugins.plugins import Plugins, incompatible, options_json, told
 from flexi_plugins.progress import Progress
 from flexi_plugins.pruner import Calibration, Pruner, Training, refusal, resident
 from flexi_plugins.report import write_paired, write_reports
-from flexi_plugins.store import Journal, Store, commit, environment, write_traceback
+from flexi_plugins.store import Journal, Store, alone, commit, environment, write_traceback
 from flexi_plugins.studyfile import Measure, StudyFile
 
 
@@ -50,20 +50,26 @@ class Study:
         self.file, self.folder, self.data, self.plugins = file, folder, data, plugins
         self.machine = machine or Machine()
         self.progress = progress or Progress(quiet=True)
-        self.store, self.journal = Store(folder), Journal(folder)
+        self.store, self.journal = Store(folder, self.progress.say), Journal(folder)
         self.code = commit()  # of what is running, whatever becomes of the checkout meanwhile
 
     def run(self) -> list[Record]:
-        """Run every cell that has no complete record; return the records of all cells of the study."""
+        """Run every cell that has no complete record; return the records of all cells of the study.
+
+        One process at a time runs in a folder: another one raises a FlexiError.
+        """
+        with alone(self.folder):
+            return self._run()
+
+    def _run(self) -> list[Record]:
         self.check_reach()
         works = self.works()
         for method in {id(w.recovery): w.recovery for w in works if w.recovery}.values():
-            self.pruners[self.file.seeds[0]].check_recovery(method)
+            with _named("recovery", method.name):
+                self.pruners[self.file.seeds[0]].check_recovery(method)
         self.store.select(w.cell for w in works)
         todo = [w for w in works if not self._is_done(w.cell)]
         self.progress.say(f"study {self.file.name}: {len(works)} cells, {len(works) - len(todo)} of them done before")
-        for problem in self.store.problems:
-            self.progress.say(problem)
         for seed in self.file.seeds:  # one after the other, so that a long study has whole results early
             chosen = [w for w in todo if w.cell.seed == seed]
             if chosen:
@@ -72,9 +78,11 @@ class Study:
                 self.measure([w for w in chosen if w.recovery is None])
                 self.recover(trained)
                 self.measure(trained)
-        if todo:
-            self.journal.clear()
         records = [r for r in (self.store.get(w.cell) for w in works) if r is not None]
+        if todo and not any(
+            r.status == "failed" for r in records
+        ):  # what failed is tried again, and knows the rest then
+            self.journal.clear()
         write_reports(self.plugins, records, self.folder, self.file.name)
         write_paired(self.store, records, self.folder, self.file.name)
         return records
@@ -90,22 +98,20 @@ class Study:
     def pruners(self) -> dict[int, Pruner]:
         """One pruner a calibration seed."""
         calibration = Calibration(**self.file.calibration.model_dump())
-
-        def pruner(seed: int) -> Pruner:
-            return Pruner(
-                self.checkpoint,
-                calibration,
-                seed=seed,
-                data=self.data,
-                dtype=self.file.dtype,
-                device=self.machine.device,
-                memory=self.machine.memory,
-                plugins=self.plugins,
-                progress=self.progress,
-                journal=self.journal,
-            )
-
-        return {seed: pruner(seed) for seed in self.file.seeds}
+        first, *others = self.file.seeds
+        pruner = Pruner(
+            self.checkpoint,
+            calibration,
+            seed=first,
+            data=self.data,
+            dtype=self.file.dtype,
+            device=self.machine.device,
+            memory=self.machine.memory,
+            plugins=self.plugins,
+            progress=self.progress,
+            journal=self.journal,
+        )
+        return {first: pruner} | {seed: pruner.calibrated(calibration, seed) for seed in others}
 
     @cached_property
     def training(self) -> Training:
@@ -128,8 +134,13 @@ class Study:
             raise FlexiError("\n".join(dict.fromkeys(problems)))
 
     def works(self) -> list[Work]:
-        """Return the cells of the study, the dense model first."""
-        return Grid(self.file, self.plugins, self.pruners.__getitem__, self._evaluation).works()
+        """Return the cells of the study, the dense model first; one that is asked for twice is there once."""
+        works: dict[str, Work] = {}
+        for work in Grid(self.file, self.plugins, self.pruners.__getitem__, self._evaluation).works():
+            if work.cell.hash in works:
+                self.progress.say(f"{work.cell.label} is asked for twice with the same options, and runs once")
+            works.setdefault(work.cell.hash, work)
+        return list(works.values())
 
     @cached_property
     def _evaluation(self) -> dict[str, dict[str, Any]]:
@@ -138,7 +149,8 @@ class Study:
         corpora = {n: e.object for n, e in self.plugins.entries("corpus").items()}
         for measure in self.file.evaluation:
             evaluator = self.plugins.get("evaluator", measure.evaluator, measure.options)
-            inputs = evaluator.inputs(self.data, corpora)
+            with _named("evaluator", measure.evaluator):
+                inputs = evaluator.inputs(self.data, corpora)
             read = {"inputs": inputs[:16]} if inputs else {}
             described[EVALUATION + self._key(measure)] = {**options_json(evaluator), **read}
         return described
@@ -210,22 +222,22 @@ class Study:
             if work.planned is None or work.failure:
                 continue
             assert work.recovery is not None
-            reason = refusal(work.recovery, work.planned.plan, work.strategy)
-            if reason:
-                self._write(work, "incompatible", reason)
-                work.planned = None
-                continue
             with self._caught(work):
-                self._recover(work)
+                reason = refusal(work.recovery, work.planned.plan, work.strategy)
+                if reason:
+                    self._write(work, "incompatible", reason)
+                    work.planned = None
+                else:
+                    self._recover(work)
 
     def _recover(self, work: Work) -> None:
         """Train the model of a plan, or take what an earlier run trained; a run that was killed goes on where it was."""
         assert work.planned is not None
         assert work.recovery is not None
         key = recovered_key(work.cell)
+        folder = self.folder / "training" / key[:12]
         stored = self.store.read_plan(key)
         if stored is None:
-            folder = self.folder / "training" / key[:12]
             made_by = (work.metric, work.strategy) if work.metric and work.strategy else None
             with self._timed([work], "recovery"):
                 trained = self.pruners[work.cell.seed].recover(
@@ -233,8 +245,8 @@ class Study:
                 )
             self.store.keep(key, folder)
             self.store.write_plan(key, trained.plan, trained.attached, work.timing)
-            shutil.rmtree(folder, ignore_errors=True)
             stored = self.store.read_plan(key)  # from its file, so that memory does not hold what many cells trained
+        shutil.rmtree(folder, ignore_errors=True)
         assert stored is not None
         work.planned = Planned(*stored)
         work.remember(self.store.plan_timing(key))
@@ -266,7 +278,7 @@ class Study:
         with Measurer(self.pruners[self.file.seeds[0]], self.journal, self.folder, planned) as measurer:
             for measure in self.file.evaluation:
                 with self._timed(ready, measure.evaluator):
-                    outcomes = measurer.run(measure, candidates)
+                    outcomes = measurer.run(measure, candidates, self._evaluation[EVALUATION + self._key(measure)])
                 for group in groups.values():
                     with self._timed(group, measure.evaluator):
                         outcome = next(outcomes)
@@ -331,6 +343,17 @@ class Study:
             self.progress.say(f"{work.cell.label} failed: {work.failure}")
             if not known:
                 write_traceback(self.folder, self.store.path(work.cell).stem)
+
+
+@contextmanager
+def _named(kind: str, name: str) -> Iterator[None]:
+    """Say which plugin it was that raised anything but a FlexiError."""
+    try:
+        yield
+    except FlexiError:
+        raise
+    except Exception as error:
+        raise FlexiError(f"{kind} {name!r} failed before anything ran: {told(error)}") from error
 
 
 def _candidate(work: Work) -> Candidate:

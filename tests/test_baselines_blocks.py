@@ -34,6 +34,7 @@ from test_baselines_units import MODULES as OF_UNITS
 from tiny import close, logits, sharing
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
 
 from flexi_plugins.budget import lowest
 from flexi_plugins.data import BlockShape, ModelShape, PruningPlan, Statistics
@@ -231,6 +232,23 @@ def test_magnitude_is_the_norm_of_a_blocks_maps_and_norms(own):
     assert own.score(magnitude.Magnitude()).block.tolist() == pytest.approx(norms, rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["llama-gqa-tied", "qwen3"])
+def test_a_compensated_model_is_scored_as_if_its_gains_were_folded_into_its_weights(kind, tmp_path):
+    pruner = TinyPruner(tiny_checkpoint(kind), Plugins.load())
+    plan = PruningPlan.keep(pruner.checkpoint.shape, (0, 2, 3, 5))
+    recipes = [replace(r, gain=g) for r, g in zip(plan.blocks, (1.0, 1.5, 1.0, 0.7), strict=True)]
+    plan = PruningPlan(plan.shape, tuple(recipes))
+    pruner.write(plan, tmp_path / "folded")
+    folded = AutoModelForCausalLM.from_pretrained(tmp_path / "folded", dtype=torch.float32)
+    for power in (1, 2):
+        found = pruner.score(magnitude.Magnitude(norm_power=power), Planned(plan)).block.tolist()
+        norms = [
+            sum(float(p.abs().pow(power).sum()) for n, p in block.named_parameters() if not n.endswith("bias"))
+            for block in folded.model.layers
+        ]
+        assert found == pytest.approx(norms, rel=1e-5)
+
+
 def test_plus_keeps_the_first_four_and_the_last_two_blocks():
     scores = torch.tensor([1.0, 0, 2, 3, 500, 300, 400, 5, 4])
     raised = magnitude.ends_raised(scores)
@@ -345,6 +363,29 @@ def test_llm_streamline_removes_the_run_whose_ends_are_most_alike(own, count, pr
     assert kept(own.plan(NoMetric(), strategy, 0.0)) == outside(best, count)
     by_ratio = streamline.LlmStreamline(protect_first=protect, protect_last=protect)
     assert kept(own.plan(NoMetric(), by_ratio, ratio_of(own, count - 0.5))) == outside(best, count)
+
+
+@pytest.mark.parametrize("protect_last", [0, 1])
+def test_llm_streamline_makes_up_for_the_run_with_one_alpha(own, protect_last):
+    strategy = streamline.LlmStreamline(blocks=2, protect_first=1, protect_last=protect_last)
+    plain = own.plan(NoMetric(), strategy, 0.0)
+    plan = own.plan(NoMetric(), replace(strategy, compensate=True), 0.0)
+    assert [r.sources for r in plan.blocks] == [r.sources for r in plain.blocks]
+    first = next((i for i, source in enumerate(kept(plain)) if i != source), BLOCKS - 2)
+    found = [s.view(*own.texts[0].shape, -1).abs().mean(1) for s in streams(dense(own), own.texts[0])]
+    alpha = float((found[first + 2] / found[first]).mean(0).mean())
+    expected = [alpha if i == first else 1.0 for i in range(BLOCKS - 2)]
+    assert [r.gain for r in plan.blocks] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_run_at_the_end_of_the_model_needs_no_alpha(own):
+    shape = own.checkpoint.shape
+    distance = [torch.arange(i + 1.0).flip(0) if i == BLOCKS - 1 else torch.ones(i + 1) * 9 for i in range(BLOCKS)]
+    statistics = {"run-distance": {"distance": distance}}
+    request = request_on(PruningPlan.identity(shape), statistics=statistics, weights=own.checkpoint)
+    plan = streamline.LlmStreamline(blocks=2, compensate=True).plan(request)
+    assert kept(plan) == [0, 1, 2, 3]
+    assert all(r.gain == 1 for r in plan.blocks)
 
 
 def test_llm_streamline_names_the_runs_that_there_are(own):

@@ -6,6 +6,8 @@ import json
 import os
 import resource
 import shutil
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -313,6 +315,49 @@ def test_a_dtype_that_torch_does_not_have(folder: Path) -> None:
         Checkpoint.from_folder(folder, family_of)
 
 
+@pytest.mark.parametrize("code", ["F8_E4M3", "F8_E5M2", "I8", "U8"])
+def test_quantised_weights_are_refused_by_the_header(tmp_path: Path, code: str) -> None:
+    """Of the promised names and shapes, with their scales beside them, which nobody would read."""
+    tiny("qwen3-biases").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    quantised = {NAME: random_tensor(code, tuple(tensors[NAME].shape)), f"{NAME}_scale": torch.ones(1)}
+    save_file({**tensors, **quantised}, file, {"format": "pt"})
+    with pytest.raises(FlexiError) as error:
+        Checkpoint.from_folder(tmp_path, family_of, "somebody/some-model-fp8")
+    said = str(error.value)
+    assert f"{file}: tensor '{NAME}' has dtype {code}, expected one of F64, F32, F16, BF16: " in said
+    assert "model 'somebody/some-model-fp8' are quantised" in said
+    assert "give the unquantised checkpoint" in said
+
+
+def test_packed_weights_are_said_to_be_quantised_not_misshapen(folder: Path) -> None:
+    file = shard_of(folder, NAME)
+    save_file({**load_file(file), NAME: torch.zeros(24, 4, dtype=torch.int32)}, file, {"format": "pt"})
+    with pytest.raises(FlexiError, match=f"tensor '{NAME}' has dtype I32, expected one of .* are quantised"):
+        Checkpoint.from_folder(folder, family_of)
+
+
+def test_a_configuration_that_says_quantised_is_refused(folder: Path) -> None:
+    file = folder / "config.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({**values, "quantization_config": {"quant_method": "compressed-tensors"}}))
+    with pytest.raises(FlexiError) as error:
+        Checkpoint.from_folder(folder, family_of, "somebody/some-model-w8a8")
+    said = str(error.value)
+    assert said.startswith("model 'somebody/some-model-w8a8': its config.json has a quantization_config (quant_method ")
+    assert "'compressed-tensors')" in said
+    assert "give the unquantised checkpoint" in said
+    file.write_text(json.dumps({**values, "quantization_config": None}))
+    Checkpoint.from_folder(folder, family_of)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_weights_in_every_float_are_taken(tmp_path: Path, dtype: torch.dtype) -> None:
+    tiny().to(dtype).save_pretrained(tmp_path)
+    assert Checkpoint.from_folder(tmp_path, family_of).read(NAME).dtype == dtype
+
+
 def test_a_dtype_that_nobody_asks_for_is_no_obstacle(folder: Path) -> None:
     """A tensor that the configuration does not promise may be anything, until it is read."""
     file, index = shard_of(folder, NAME), json.loads((folder / INDEX).read_text())
@@ -529,6 +574,43 @@ def test_a_shard_spoiled_half_way_leaves_nothing_behind(
     with pytest.raises(FlexiError, match=f"{file}.*{said}"):
         write_checkpoint(PruningPlan.identity(checkpoint.shape), checkpoint, None, tmp_path / "out" / "x")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def left_by(killed: int, out: Path) -> Path:
+    """Return a folder of half a checkpoint, as the process of a number left it."""
+    left = out.parent / f".{out.name}.abcdefgh.{killed}.tmp"
+    left.mkdir(parents=True)
+    (left / "shard-0").write_bytes(b"half")
+    return left
+
+
+def test_what_a_killed_write_left_is_removed_by_the_next_one(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "x[1]"
+    script = f"""
+import os, signal
+from pathlib import Path
+from flexi_plugins.checkpoint import new_folder
+with new_folder(Path({str(out)!r})) as temporary:
+    (temporary / "shard-0").write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    [left] = out.parent.iterdir()
+    assert (left / "shard-0").is_file()
+    write_checkpoint(PruningPlan.identity(checkpoint.shape), checkpoint, None, out)
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_what_others_are_writing_or_left_of_other_folders_stays(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    gone, out = 999_999_999, tmp_path / "out" / "x"
+    running, other = left_by(os.getppid(), out), left_by(gone, out.with_name("y"))
+    deeper, dead = left_by(gone, out.parent / "z" / "x"), left_by(gone, out)
+    write_checkpoint(PruningPlan.identity(checkpoint.shape), checkpoint, None, out)
+    assert not dead.exists()
+    assert running.exists()
+    assert other.exists()
+    assert deeper.exists()
 
 
 # ---------------------------------------------------------------------------------------- mapped

@@ -34,7 +34,8 @@ from flexi_plugins.families.known import KNOWN
 from flexi_plugins.models import known_config
 from flexi_plugins.plugins import KINDS, Plugins, own_knob
 from flexi_plugins.progress import Progress
-from flexi_plugins.pruner import Pruner, count_only, plan_rows
+from flexi_plugins.pruner import Pruner, count_only
+from flexi_plugins.show import plan_rows
 from flexi_plugins.store import from_text
 from flexi_plugins.studyfile import read_study
 
@@ -306,7 +307,7 @@ def test_a_search_that_was_stopped_goes_on_where_it_was(
     monkeypatch.setattr(Calibrator, "_measured_losses", measured)
     stopped = flexi(*search)
     assert stopped.status == 130
-    assert "the same command goes on from there" in stopped.err
+    assert "run the same command again" in stopped.err
     assert not (tmp_path / output).exists()
     assert len(list((tmp_path / f"{output}.search").rglob("*.json"))) == 6, "each of the six blocks away"
     allowed[0] = 100
@@ -337,6 +338,29 @@ def test_a_plan_file_gives_the_same_model_as_its_method(
     count = sum(p.numel() for p in pruned.parameters())
     assert count == direct.json["stored_parameters"]
     pruned.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False)
+
+
+def test_tensors_that_depend_on_text_are_made_on_the_plans_own(
+    flexi: Flexi, method: list[str], model: Path, tmp_path: Path
+) -> None:
+    """Whatever text and seed the command that makes them would calibrate on."""
+    drawn = ["--strategy-option", "output_gain=calibrated", "--strategy-option", "adapters=zero", "--seed", 3]
+    given = [*("share-lora" if word == "concat-merge" else word for word in method), *drawn]
+    assert flexi("plan", *given, "-o", tmp_path / "plan.json").status == 0
+    assert not (tmp_path / "plan.tensors").exists()
+    plain = ["--model", model, "--dtype", "float32", "--plan", tmp_path / "plan.json"]
+    planned = flexi("prune", *plain, "-o", tmp_path / "planned")
+    direct = flexi("prune", *given, "-o", tmp_path / "direct")
+    assert (planned.status, direct.status) == (0, 0), planned.err + direct.err
+    for name in ("model.safetensors", "plan.json"):
+        assert (tmp_path / "planned" / name).read_bytes() == (tmp_path / "direct" / name).read_bytes(), name
+
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    plan["origin"]["calibration"]["text"] = "0" * 16
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    other = flexi("eval", *plain, "--tokens", 512, "--window", 128)
+    assert other.status == 2
+    assert "seed 3, as the plan was, and that text is another now" in other.err
 
 
 def test_a_model_that_is_no_plain_one_is_reached_by_its_plan(

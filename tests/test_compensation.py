@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM
 from flexi_plugins.checkpoint import Checkpoint
 from flexi_plugins.data import PruningPlan
 from flexi_plugins.metrics.flexigpt import FlexiGPT
+from flexi_plugins.numerics import enlargement
 from flexi_plugins.plugins import Plugins
 from flexi_plugins.pruner import count_only
 from flexi_plugins.rewrite import build_model, write_checkpoint
-from flexi_plugins.strategies.remove_blocks import RemoveBlocks, enlargement
+from flexi_plugins.strategies.remove_blocks import RemoveBlocks
 from flexi_plugins.testing.bench import TinyPruner
 from flexi_plugins.testing.models import tiny_checkpoint
 

@@ -8,12 +8,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from flexi_plugins.corpora import files, hub, python_docs, windows
 from flexi_plugins.errors import FlexiError
+from flexi_plugins.evaluators.perplexity import Perplexity
 from flexi_plugins.plugins import Plugins
 
 SPLITS = ("calibration", "held-out")
@@ -220,6 +222,22 @@ def test_seeded_windows_are_drawn_without_replacement_and_repeatably():
     assert len({tuple(window) for window in one}) == 20
     assert windows.token_windows(*arguments, seed=1) == (one, digest)
     assert windows.token_windows(*arguments, seed=2)[1] != digest
+
+
+def test_the_digest_of_a_text_is_of_all_that_is_read():
+    def digest(count, last, **tokens):
+        corpus = SimpleNamespace(texts=lambda split, data: iter([*["a" * 1000] * count, last]))
+        return windows.text_digest(corpus, "held-out", None, **tokens)
+
+    assert digest(900, "b") != digest(900, "c")
+    assert digest(1100, "b") == digest(1100, "c"), "the first million characters"
+    assert digest(1100, "b", tokens=1000) == digest(1100, "b")
+    assert digest(1100, "b", tokens=200_000) != digest(1100, "c", tokens=200_000)
+    assert digest(1100, "b", tokens=None) != digest(1100, "c", tokens=None)
+    whole, part = Perplexity("x", tokens="all"), Perplexity("x", tokens=65536)
+    texts = [{"x": SimpleNamespace(texts=lambda s, d, end=end: iter(["a" * 1_000_001, end]))} for end in "bc"]
+    assert whole.inputs(None, texts[0]) != whole.inputs(None, texts[1])
+    assert part.inputs(None, texts[0]) == part.inputs(None, texts[1])
 
 
 def test_a_text_that_is_too_short_says_how_many_tokens_there_are():

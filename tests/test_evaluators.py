@@ -282,6 +282,9 @@ def test_a_candidate_that_broke_down_fails_alone(tokenizer: Any, models: list[An
     def ask(pairs: Sequence[Any], title: str, softmax_dtype: str = "float32") -> list[list[tuple[float, bool]]]:
         return [[(-1.0 - i % 4, False) for i in range(len(pairs))], [(math.nan, False)] * len(pairs)]
 
+    assert isinstance(LmEval(limit=LIMIT).evaluate(request_for(tokenizer, models, likelihoods=ask)), Iterator), (
+        "outcomes come one by one, since text is generated for each"
+    )
     for evaluator in (LmEval(limit=LIMIT), Perplexity(window=16, tokens=64)):
         good, bad = evaluator.evaluate(request_for(tokenizer, models, likelihoods=ask))
         assert good.measurements

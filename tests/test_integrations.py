@@ -9,8 +9,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -376,6 +376,55 @@ def test_what_llm_pruner_saved_becomes_a_folder_where_asked_for(tmp_path: Path, 
     said = AutoTokenizer.from_pretrained(tmp_path / "pruned")("The first.")["input_ids"]
     assert said == byte_tokenizer()("The first.")["input_ids"]
     assert not list((tmp_path / "pruned").glob("*.bin"))
+
+
+def test_classes_that_are_here_no_more_are_stood_in_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of transformers' older releases, of LLM-Pruner's own code where it is not here, and of nothing else."""
+    modeling = sys.modules["transformers.models.llama.modeling_llama"]
+
+    class LlamaSdpaAttention(modeling.LlamaAttention):  # type: ignore[name-defined, misc]
+        pass
+
+    LlamaSdpaAttention.__qualname__, LlamaSdpaAttention.__module__ = "LlamaSdpaAttention", modeling.__name__
+    model = saved_by_llm_pruner(tmp_path / "plain.bin")
+    with monkeypatch.context() as older:
+        older.setattr(modeling, "LlamaSdpaAttention", LlamaSdpaAttention, raising=False)
+        older.setitem(sys.modules, "LLMPruner", ModuleType("LLMPruner"))
+        older.setitem(sys.modules, "LLMPruner.models", ModuleType("LLMPruner.models"))
+        older.setitem(sys.modules, "elsewhere", ModuleType("elsewhere"))
+        for layer in model.model.layers:
+            layer.self_attn.__class__ = LlamaSdpaAttention
+        torch.save({"model": model}, tmp_path / "older.bin")
+        for package in ("LLMPruner.models", "elsewhere"):
+            theirs = type("LlamaForCausalLM", (type(model),), {"__module__": package})
+            older.setattr(sys.modules[package], "LlamaForCausalLM", theirs, raising=False)
+            model.__class__ = theirs
+            torch.save({"model": model}, tmp_path / f"{package}.bin")
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in ("older", "LLMPruner.models"):
+        checkpoint, tokenizer = llm_pruner.read(tmp_path / f"{name}.bin", allow_pickle=True)
+        assert tokenizer is None
+        assert all(expected[n] == shape for n, shape in checkpoint.tensor_names().items())
+    with pytest.raises(FlexiError, match=r"the code of its classes is not here .*elsewhere"):
+        llm_pruner.read(tmp_path / "elsewhere.bin", allow_pickle=True)
+
+
+class Elsewhere:
+    """A tensor that lies on a GPU."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self.shape = tensor, tensor.shape
+
+    def cpu(self) -> torch.Tensor:
+        return self.tensor
+
+
+def test_what_is_read_of_a_model_on_a_gpu_is_on_the_cpu() -> None:
+    """As it is where weights come from files: pinning them, and scores made of them, ask for it."""
+    model = sliced.opened(tiny("llama"), family_of)
+    away = {name: Elsewhere(model.read(name)) for name in model.tensor_names()}
+    moved: Any = sliced.SlicedModel("moved", model.config, model.family, cast(Any, away), model.shape)
+    assert all(moved.read(name) is away[name].tensor for name in away)
 
 
 class Trap:

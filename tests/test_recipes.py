@@ -112,7 +112,7 @@ REMOVED = {  # recipe -> how many blocks each of its strategies leaves out of th
     "come": [4, 7, 10],
     "come-p": [4, 7, 10],
     "shortgpt": [9],
-    "prune-and-comp": [7, 7, 9, 9],
+    "prune-and-comp": [7, 7, 9, 9, 7, 9],
     "sleb": [4, 7],
     "mka": [14, 14],
     "shortened-llama": [6, 9, 11],
@@ -241,7 +241,7 @@ PUBLISHED_RECIPES = {  # recipe -> methods of the published table that have a pa
     "llm-pruner-vicuna": {"LLM-Pruner Element1", "LLM-Pruner Element2", "LLM-Pruner Vector"},
     "llm-streamline": {"LLM-Streamline (CosSim(CL))"},
     "prune-and-comp": {
-        *(f"Prune&Comp ({m})" for m in ("CosSim(BI)", "PPL", "Taylor+", "Mag+")),
+        *(f"Prune&Comp ({m})" for m in ("CosSim(BI)", "CosSim(CL)", "PPL", "Taylor+", "Mag+")),
         "ShortGPT (CosSim(BI))",
         "SLEB (PPL)",
         "Taylor (Taylor+)",

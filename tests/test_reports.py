@@ -16,8 +16,10 @@ import pytest
 
 from flexi_plugins import store
 from flexi_plugins.data import BlockShape, Cell, Measurement, ModelShape, PluginVersion, PruningPlan, Record
+from flexi_plugins.errors import FlexiError
 from flexi_plugins.plugins import Plugins
 from flexi_plugins.recovery.course import STOPPED
+from flexi_plugins.report import publish
 from flexi_plugins.reports import curves, figures, methods, pareto, ranking
 from flexi_plugins.reports.methods import Methods
 from flexi_plugins.reports.pareto import Pareto
@@ -592,3 +594,23 @@ def test_names_are_sorted_into_kinds():
     assert ranking.averages(names) == names[3:4]
     assert ranking.choices(names) == names[4:5]
     assert ranking.speeds(names) == names[5:]
+
+
+# ---------------------------------------------------------------------------------------- publishing
+
+
+def test_a_study_is_not_published_to_its_own_folder(tmp_path):
+    folder, link = tmp_path / "study", tmp_path / "link"
+    opened = store.Store(folder)
+    for one in (dense(), record("come", "remove-blocks")):
+        opened.write(one, {"tasks": [{"document": "a", "right": True, "task": "boolq"}]})
+    link.symlink_to(folder)
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert len(list((folder / "documents").iterdir())) == 2
+    for target in (folder, link, folder / ".." / "study"):
+        with pytest.raises(FlexiError, match=r"publish: expected another folder than .* name a new folder") as error:
+            publish(Plugins.load(), folder, target)
+        assert f"found {target}, which is {folder}" in str(error.value)
+        assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    assert publish(Plugins.load(), folder, tmp_path / "published")
+    assert len(list((tmp_path / "published" / "records").iterdir())) == 2

@@ -33,6 +33,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from flexi_plugins.budget import without_units
 from flexi_plugins.checkpoint import INDEX, Checkpoint, write_tensors
 from flexi_plugins.data import BlockRecipe, Part, PruningPlan
 from flexi_plugins.errors import FlexiError
@@ -857,3 +858,20 @@ def test_the_twin_of_a_llama_is_exact():
             type(config).from_dict({**config.to_dict(), "num_attention_heads": 6, "num_key_value_heads": 3})
     assert isinstance(built(plan, tiny()), MistralForCausalLM)
     assert isinstance(built(narrowed(plan.shape, (0, 1), None), tiny()), LlamaForCausalLM)
+
+
+def test_units_are_taken_where_the_weights_are():
+    """On a GPU indices have to be there as well."""
+
+    class Weight:
+        device = torch.device("meta")
+
+        def index_select(self, dimension, index):
+            assert index.device == self.device
+            return torch.empty(len(index))
+
+    checkpoint = opened(tiny("llama"))
+    plan = without_units(checkpoint.shape, {(1, "mlp"): [0, 3], (1, "attention"): [1]})
+    away = Checkpoint("away", checkpoint.config, checkpoint.family, lambda name: Weight(), None)
+    for role, weight in PlanWeights(plan, away, {}).block(1).items():
+        assert weight.device.type == "cpu", role  # what index_select gave

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,9 +30,12 @@ from flexi_plugins.errors import FlexiError
 from flexi_plugins.execution.sweep import Sweeper
 from flexi_plugins.hookspecs import Outcome
 from flexi_plugins.plugins import Plugins
+from flexi_plugins.progress import Progress
 from flexi_plugins.pruner import Calibration, Pruner
 from flexi_plugins.store import Journal, Store
 from flexi_plugins.strategies.remove_blocks import RemoveBlocks
+from flexi_plugins.study import Study
+from flexi_plugins.studyfile import read_study
 
 
 @dataclass
@@ -400,7 +403,7 @@ def test_an_interrupt_says_so_and_leaves_whole_files(long_study: Path, tmp_path:
     folder = tmp_path / "run"
     status, said = stop(long_study, folder, lambda: count(folder / "journal") >= 3, signal.SIGINT)
     assert status == 130
-    assert said.rstrip().endswith("interrupted: what is finished is kept; the same command goes on from there")
+    assert said.rstrip().endswith("run the same command again")
     assert "Traceback" not in said
     assert not temporary(folder)
     assert all(json.loads(p.read_text()) for p in folder.rglob("*.json"))
@@ -694,6 +697,111 @@ def test_an_evaluator_that_breaks_spoils_what_it_did_not_measure(
     again = run_study(file, tmp_path / "run", plugins)
     assert {r.status for r in again} == {"complete"}
     assert again[0] == records[0]
+
+
+@dataclass(frozen=True)
+class Slow(Judge):
+    """One whose every outcome took long, and which is stopped."""
+
+    name: ClassVar[str] = "slow"
+    asked: ClassVar[list[int]] = []
+    allowed: ClassVar[int] = 1
+
+    def evaluate(self, request: Any) -> Iterator[Outcome]:
+        self.asked.append(len(request.candidates))
+        for index, outcome in enumerate(super().evaluate(request)):
+            if index == self.allowed:
+                raise KeyboardInterrupt
+            yield replace(outcome, documents=({"task": "t", "doc_id": index, "acc": 0.5, "said": None},))
+
+
+def test_what_an_evaluator_gave_is_kept_after_a_kill(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every evaluator, not of the last one alone, and with its documents."""
+    monkeypatch.setattr(Slow, "asked", [])
+    file = make_study(
+        tmp_path / "s.toml",
+        model,
+        text,
+        ["come"],
+        ["remove-blocks", "remove-units"],
+        end=JUDGE.replace("judge", "slow") + JUDGE,
+    )
+    plugins = plugins_with(evaluators=[Slow(), Judge()])
+    with pytest.raises(KeyboardInterrupt):
+        run_study(file, tmp_path / "run", plugins)
+    monkeypatch.setattr(Slow, "allowed", 3)
+    records = run_study(file, tmp_path / "run", plugins)
+    assert Slow.asked == [3, 2]
+    assert {r.status for r in records} == {"complete"}
+    assert all({"verdict"} < {m.name for m in r.measurements} for r in records)
+    documents = Store(tmp_path / "run").documents(records[0].cell)
+    assert len(documents[documents["evaluator"] == "slow"]) == 1
+    assert not (tmp_path / "run" / "journal").exists()
+
+
+def test_what_is_known_beside_a_failed_cell_is_kept_for_its_next_try(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Judge, "how", "raises")
+    monkeypatch.setattr(Judge, "stops", 1)
+    plugins = plugins_with(evaluators=[Judge()])
+    progressive = ['{ name = "remove-blocks", progressive = true }']
+    file = make_study(tmp_path / "s.toml", model, text, ["greedy"], progressive, end=JUDGE)
+    first = run_study(file, tmp_path / "run", plugins)
+    assert [r.status for r in first] == ["complete", "failed"]
+    monkeypatch.setattr(Judge, "stops", None)
+    monkeypatch.setattr(Calibrator, "_measured_losses", fails)
+    monkeypatch.setattr(Sweeper, "sweep", lambda *a, **k: iter(()))
+    again = run_study(file, tmp_path / "run", plugins)
+    assert {r.status for r in again} == {"complete"}
+    assert not (tmp_path / "run" / "journal").exists()
+
+
+@dataclass(frozen=True)
+class Unread(Judge):
+    """One that cannot say what it reads."""
+
+    name: ClassVar[str] = "unread"
+
+    def inputs(self, data: Any, corpora: Any) -> str:
+        raise KeyError("which file?")
+
+
+def test_a_plugin_that_breaks_before_anything_runs_is_named(model: Path, text: Path, tmp_path: Path) -> None:
+    file = make_study(tmp_path / "s.toml", model, text, end=JUDGE.replace("judge", "unread"))
+    with pytest.raises(FlexiError, match="evaluator 'unread' failed before anything ran: KeyError: 'which file\\?'"):
+        run_study(file, tmp_path / "run", plugins_with(evaluators=[Unread()]))
+
+
+def test_a_cell_that_is_asked_for_twice_runs_once(model: Path, text: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    strategies = ["remove-blocks", '{ name = "remove-blocks", progressive = false }']
+    file = make_study(tmp_path / "s.toml", model, text, ["come"], strategies)
+    plugins, progress = Plugins.load(), Progress(quiet=True)
+    progress.say = said.append  # type: ignore[method-assign]
+    records = Study(read_study(file, plugins), tmp_path / "run", None, plugins, progress).run()
+    assert [r.cell.label for r in records] == ["dense-s0", "come-remove-blocks-0.2-s0"]
+    assert "come-remove-blocks-0.2-s0 is asked for twice with the same options, and runs once" in said
+
+
+def test_one_process_at_a_time_runs_in_a_folder(model: Path, text: Path, tmp_path: Path) -> None:
+    file = make_study(tmp_path / "s.toml", model, text)
+    with (
+        store.alone(tmp_path / "run"),
+        pytest.raises(FlexiError, match=rf"run is in use by process {os.getpid()}; wait for its end"),
+    ):
+        run_study(file, tmp_path / "run")
+    assert run_study(file, tmp_path / "run")
+
+
+def test_all_seeds_share_the_blocks_in_memory(model: Path, text: Path, tmp_path: Path) -> None:
+    plugins = Plugins.load()
+    file = make_study(tmp_path / "s.toml", model, text, more="seeds = [0, 1]")
+    pruners = Study(read_study(file, plugins), tmp_path / "run", None, plugins).pruners
+    assert pruners[0].blocks is pruners[1].blocks
+    assert not torch.equal(pruners[0].texts[0], pruners[1].texts[0])
 
 
 @dataclass(frozen=True)

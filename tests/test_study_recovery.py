@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -107,6 +109,7 @@ class Leaves(Quieter):
     def recover(self, request: RecoveryRequest) -> Recovered:
         (request.folder / "checkpoint-1").mkdir(parents=True)
         (request.folder / "packed.bin").write_text("bits")
+        (request.folder / f"packed.bin.{os.getpid()}.tmp").write_text("of a process that was killed")
         return super().recover(request)
 
 
@@ -166,12 +169,23 @@ def test_what_was_trained_is_not_trained_again(model: Path, text: Path, tmp_path
     assert values(first) == values(again)
 
 
+@dataclass(frozen=True)
+class Confused(Quieter):
+    """Cannot say whether it has something to train."""
+
+    name: ClassVar[str] = "confused"
+
+    def refuses(self, plan: PruningPlan) -> str | None:
+        raise KeyError("blocks")
+
+
 def test_a_method_that_fails_or_finds_nothing_to_train_stops_no_other_cell(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = study(tmp_path, model, text, 'recovery = ["unable", "picky", "quieter"]\ndense = false')
-    plugins = plugins_with(recovery_methods=[Quieter(), Unable(), Picky()])
-    unable, picky, quieter = run_study(file, tmp_path / "run", plugins)
+    file = study(tmp_path, model, text, 'recovery = ["confused", "unable", "picky", "quieter"]\ndense = false')
+    plugins = plugins_with(recovery_methods=[Quieter(), Unable(), Picky(), Confused()])
+    confused, unable, picky, quieter = run_study(file, tmp_path / "run", plugins)
+    assert (confused.status, confused.reason) == ("failed", "KeyError: 'blocks'")
     assert (unable.status, unable.reason) == ("failed", "unable: this went wrong")
     assert (picky.status, picky.reason) == ("incompatible", "picky: 4 blocks are not enough")
     assert quieter.status == "complete"
@@ -343,4 +357,26 @@ def test_what_a_method_leaves_beside_its_checkpoints_is_kept_with_the_plan(
     run_study(file, tmp_path / "run", plugins_with(recovery_methods=[Leaves()]))
     (kept,) = (tmp_path / "run" / "plans").glob("*.packed.bin")
     assert kept.read_text() == "bits"
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+    assert not list((tmp_path / "run" / "training").iterdir())
+
+
+def test_checkpoints_that_a_killed_study_did_not_remove_go_with_the_next_run(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = study(tmp_path, model, text, 'recovery = ["leaves"]\ndense = false')
+    plugins = plugins_with(recovery_methods=[Leaves()])
+    remove = shutil.rmtree
+
+    def killed(folder: Any, **options: Any) -> None:
+        if Path(folder).parent.name == "training":
+            raise KeyboardInterrupt
+        remove(folder, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(file, tmp_path / "run", plugins)
+    monkeypatch.undo()
+    assert list((tmp_path / "run" / "training").iterdir())
+    run_study(file, tmp_path / "run", plugins)
     assert not list((tmp_path / "run" / "training").iterdir())

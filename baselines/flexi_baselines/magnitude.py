@@ -3,12 +3,14 @@
 Per matrix and output row sum_k |w_ck|^p, reduced over the rows of a matrix and then over the matrices of a block; the
 blocks with the lowest go, all at once. The released defaults are p = 1 and sums, so the L1 norm of the block. "+" is the
 authors' heuristic to keep the first four and the last two blocks (block_prune.py): here they go last, when no other is left.
-The weights of the two norms count as matrices of one column. The authors' fourth reduction, the product, leaves the range
-of any float at such widths and is left out.
+The weights of a block's norms count as matrices of one column. The authors' fourth reduction, the product, leaves the range
+of any float at such widths and is left out. A compensated model (Prune&Comp, arXiv 2507.18212, and the authors' mag+.py) is
+scored with its gains folded into the weights: the maps that write to the stream are as much larger as all gains behind them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 Reduction = Literal["sum", "mean", "max"]
 FIRST, LAST = 4, 2  # blocks that "+" keeps
-NORMS = ("attention_norm", "mlp_norm")
+WRITING = ("attention_output", "down")  # maps that write to the residual stream
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,11 @@ class Magnitude:
             blocks = []
             for index, block in enumerate(shape.blocks):
                 maps, vectors = weights.block(index), weights.vectors(index)
-                rows = [row_sums(maps[role], self.norm_power) for role in shape.maps(block)]
-                rows += [row_sums(vectors[n][:, None], self.norm_power) for n in NORMS if n in vectors]
-                blocks.append(reduced(rows, self.weight_reduction, self.block_reduction))
+                folded = math.prod(recipe.gain for recipe in request.plan.blocks[index + 1 :]) ** self.norm_power
+                rows = {role: row_sums(maps[role], self.norm_power) for role in shape.maps(block)}
+                rows |= {role: folded * rows[role] for role in WRITING if role in rows}
+                rows |= {n: row_sums(vectors[n][:, None], self.norm_power) for n in vectors if not n.endswith(".bias")}
+                blocks.append(reduced(rows.values(), self.weight_reduction, self.block_reduction))
             return torch.stack(blocks)
 
         key = ("magnitude", self.norm_power, self.weight_reduction, self.block_reduction)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from flexi_baselines.last_blocks import mergeable, merged
 from flexi_baselines.npib import AXES, embedded, npib, ranked
 from flexi_baselines.sequence_states import SequenceStates
-from flexi_plugins.budget import check_reach, smallest
+from flexi_plugins.budget import check_count, check_reach, smallest
 from flexi_plugins.data import ModelShape, PruningPlan
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.hookspecs import (
@@ -60,8 +60,8 @@ class Mka:
         shape, most = request.shape, mergeable(request.plan.shape)
         if self.merges is None:
             check_reach(self.name, request.budget, self.reach(request.plan.shape))
-        elif not 0 < self.merges <= most:
-            raise FlexiError(f"{self.name}: merges = {self.merges}, expected 1..{most} on this model")
+        else:
+            check_count(self.name, "merges", self.merges, most)
         count = 1
         if not self.progressive:
             count = self.merges or smallest(most, lambda n: merged(shape, [0.5] * n), request.budget, self.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Iterable
 from pathlib import Path
@@ -41,13 +42,14 @@ def token_windows(
     return windows, digest(windows)
 
 
-def text_digest(corpus: Corpus, split: str, data: Path | None) -> str:
-    """Return the SHA-256 of a split's first million characters."""
+def text_digest(corpus: Corpus, split: str, data: Path | None, tokens: int | None = 0) -> str:
+    """Return the SHA-256 of a split's first million characters, or more where so many tokens take more; None: of all."""
+    enough = math.inf if tokens is None else max(1_000_000, CHARACTERS_PER_TOKEN * tokens)
     found, characters = hashlib.sha256(), 0
     for text in corpus.texts(split, data):
         found.update(text.encode())
         characters += len(text)
-        if characters > 1_000_000:
+        if characters > enough:
             break
     return found.hexdigest()
 

@@ -44,8 +44,9 @@ class Perplexity:
         return [self._outcome(c.label, own) for c, own in zip(request.candidates, losses, strict=True)]
 
     def inputs(self, data: Path | None, corpora: Mapping[str, Corpus]) -> str:
-        """Return a digest of the corpus' held-out text."""
-        return text_digest(find_corpus(self.corpus, corpora), "held-out", data)
+        """Return a digest of the corpus' held-out text, as far as it is read."""
+        count = None if self.tokens == "all" else self.tokens
+        return text_digest(find_corpus(self.corpus, corpora), "held-out", data, count)
 
     def check(self) -> None:
         """Raise unless there is at least one window of at least two tokens."""

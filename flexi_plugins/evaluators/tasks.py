@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -60,12 +60,19 @@ class LmEval:
             questions = replay.collect(suite.instances, request.tokenizer, request.max_length, advance)
         pairs = questions.pairs
         answers = request.likelihoods(pairs, title, self.softmax_dtype) if pairs else [[] for _ in request.candidates]
-        outcomes = []
-        with quiet(), request.progress(f"scoring {title}", len(answers)) as advance:
-            for i, known in enumerate(answers):
-                outcomes.append(self._outcome(request, i, suite, replay.Replay(questions, known, _model(request, i))))
+        models = [replay.Replay(questions, known, _model(request, i)) for i, known in enumerate(answers)]
+        return self._outcomes(request, suite, models, f"scoring {title}")
+
+    def _outcomes(
+        self, request: EvaluationRequest, suite: harness.Suite, models: Sequence[Any], title: str
+    ) -> Iterator[Outcome]:
+        """Yield the outcome of each candidate as soon as it is known: where text is generated, that takes long."""
+        with request.progress(title, len(models)) as advance:
+            for i, model in enumerate(models):
+                with quiet():
+                    outcome = self._outcome(request, i, suite, model)
                 advance(1)
-        return outcomes
+                yield outcome
 
     def _suite(self, request: EvaluationRequest) -> harness.Suite:
         """Load the tasks and build their requests."""

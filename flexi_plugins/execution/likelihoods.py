@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -37,7 +38,7 @@ def likelihoods(
     """Return for every plan, for every request, the summed log-probability of its continuation and whether it is greedy.
 
     ``setting`` is whatever else an answer depends on (model fingerprint, dtype), as JSON. Batches that the journal knows
-    are not run again. rounding: of the log-probability of each token, see ``Batch``.
+    are not run again; what is not finite is not kept. rounding: of the log-probability of each token, see ``Batch``.
     """
     if any(not context or not continuation for context, continuation in requests):
         raise ValueError("likelihoods: a request needs at least one token of context and one of continuation")
@@ -58,7 +59,7 @@ def likelihoods(
     with progress(title, sweeper.work(planned, batches, wanted)) as advance:
         for g, found in sweeper.sweep(planned, batches, wanted=wanted, advance=advance):
             for p, answer in found.items():
-                if journal is not None:
+                if journal is not None and all(math.isfinite(logprob) for logprob, _ in answer):
                     journal.put(hashes[p], keys[g], answer)
                 known[g, p] = answer
     for (g, p), kept in known.items():

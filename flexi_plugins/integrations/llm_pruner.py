@@ -5,16 +5,19 @@
 It follows LLM-Pruner's code as we read it, and was not driven with LLM-Pruner's own scripts. From that code:
 ``torch.save({"model": module, "tokenizer": tokenizer})``, the module whole, its maps sliced and its configuration as
 before. That is a pickle, and opening one runs whatever code its maker put into it: it is refused unless asked for in so
-many words. Opening it also takes the modules that its classes come from. The model itself is not run: its tensors are
-read, and what LLM-Pruner prunes (heads, channels, hidden dimensions, last layers) is told from their shapes.
+many words. The model itself is not run: its tensors are read, and what LLM-Pruner prunes (heads, channels, hidden
+dimensions, last layers) is told from their shapes. So classes of LLM-Pruner's, and of transformers' that later releases
+have no more, are stood in for by plain modules; what else the pickle names has to be importable.
 """
 
 from __future__ import annotations
 
 import argparse
+import pickle
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -65,12 +68,28 @@ def convert(
     return checkpoint
 
 
+STOOD_IN_FOR = ("LLMPruner.", "transformers.models.")
+
+
+class _Unpickler(pickle.Unpickler):
+    """Takes a plain module for a class of a model that is not here."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return super().find_class(module, name)
+        except (ImportError, AttributeError):
+            if module.startswith(STOOD_IN_FOR):
+                return type(name, (nn.Module,), {"__module__": module})
+            raise
+
+
 def _unpickled(file: Path) -> Any:
+    opener = SimpleNamespace(__name__="pickle", Unpickler=_Unpickler, load=pickle.load)
     try:
-        return torch.load(file, map_location="cpu", weights_only=False)
+        return torch.load(file, map_location="cpu", weights_only=False, pickle_module=opener)
     except (ImportError, AttributeError) as error:
         raise FlexiError(
-            f"{file}: the code of its classes is not here ({told(error)}); put LLM-Pruner's repository on PYTHONPATH"
+            f"{file}: the code of its classes is not here ({told(error)}); put the folder that has it on PYTHONPATH"
         ) from None
     except Exception as error:  # a pickle may fail in any way
         raise FlexiError(f"{file}: it cannot be read: {told(error)}; is it whole, and LLM-Pruner's?") from None

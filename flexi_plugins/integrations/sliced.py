@@ -27,12 +27,12 @@ from flexi_plugins.rewrite import PLAN_FILE, write_checkpoint
 
 
 class SlicedModel(Checkpoint):
-    """A model in memory whose blocks may differ in width; its parameters are shared, not copied."""
+    """A model in memory whose blocks may differ in width; its parameters are shared, and copied from a GPU when read."""
 
     def __init__(
         self, name: str, config: PreTrainedConfig, family: Family, tensors: Mapping[str, Tensor], shape: ModelShape
     ) -> None:
-        super().__init__(name, config, family, tensors.__getitem__, None)
+        super().__init__(name, config, family, lambda tensor: tensors[tensor].cpu(), None)
         self.shape = shape
         for tensor, expected in self.tensor_names().items():
             found = tuple(tensors[tensor].shape) if tensor in tensors else "nothing"

@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from flexi_plugins.budget import check_reach, least_loss
+from flexi_plugins.budget import check_count, check_reach, least_loss
 from flexi_plugins.data import BlockRecipe, BlockShape, ModelShape, Part, PruningPlan, Weighted
 from flexi_plugins.errors import FlexiError, OutOfReach
 from flexi_plugins.hookspecs import Budget, PruningRequest, ReplacementStrategy, TensorRequest, hookimpl
@@ -86,10 +86,8 @@ class ConcatMerge:
             )
         if self.merges is None:
             check_reach(self.name, request.budget, self.reach(request.plan.shape))
-        elif not 0 < self.merges <= self._most(request.plan.shape):
-            raise FlexiError(
-                f"{self.name}: merges = {self.merges}, expected 1..{self._most(request.plan.shape)} on this model"
-            )
+        else:
+            check_count(self.name, "merges", self.merges, self._most(request.plan.shape))
         first = self._pair(request)
         if self.ratio == "search" and not request.counting:
             return self._searched(request, first)

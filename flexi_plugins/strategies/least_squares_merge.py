@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from flexi_plugins.budget import check_reach
+from flexi_plugins.budget import check_count, check_reach
 from flexi_plugins.data import BlockRecipe, ModelShape, PruningPlan
 from flexi_plugins.errors import FlexiError, OutOfReach
 from flexi_plugins.hookspecs import BlockTrace, Budget, PruningRequest, ReplacementStrategy, TensorRequest, hookimpl
@@ -59,8 +59,8 @@ class LeastSquaresMerge:
         shape, most = request.shape, len(self._allowed(request.plan.shape))
         if self.blocks is None:
             check_reach(self.name, request.budget, self.reach(request.plan.shape))
-        elif not 0 < self.blocks <= most:
-            raise FlexiError(f"{self.name}: blocks = {self.blocks}, expected 1..{most} on this model")
+        else:
+            check_count(self.name, "blocks", self.blocks, most)
         allowed = [i for i in self._allowed(shape) if request.plan.blocks[i - 1].shares is None]
         if not allowed:
             raise OutOfReach(f"{self.name}: no block is left that may go at a ratio of {request.plan.ratio:.4f}")

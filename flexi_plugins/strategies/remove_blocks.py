@@ -13,9 +13,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from flexi_plugins.budget import check_reach, lowest, smallest
+from flexi_plugins.budget import check_count, check_reach, lowest, removable, removable_share, smallest
 from flexi_plugins.data import ModelShape, PruningPlan
-from flexi_plugins.errors import FlexiError
 from flexi_plugins.hookspecs import (
     BlockTrace,
     Budget,
@@ -73,13 +72,12 @@ class RemoveBlocks:
         """Stream magnitudes, to compensate."""
         return frozenset({"stream-magnitude"} if self.compensate else ())
 
-    def _most(self, shape: ModelShape) -> int:
-        return min(len(shape.blocks) - self.protect_first - self.protect_last, len(shape.blocks) - 1)
-
     def reach(self, shape: ModelShape) -> float:
         """Return the ratio of removing every block that may go (at least one stays)."""
-        gone = range(self.protect_first, self.protect_first + max(0, self._most(shape)))
-        return sum(shape.block_parameters(shape.blocks[i]) for i in gone) / shape.parameters
+        return removable_share(shape, self.protect_first, self.protect_last)
+
+    def _most(self, shape: ModelShape) -> int:
+        return removable(shape, self.protect_first, self.protect_last)
 
     def plan(self, request: PruningRequest) -> PruningPlan:
         """Remove the lowest-scored blocks; when progressive, the lowest one."""
@@ -94,10 +92,8 @@ class RemoveBlocks:
 
         if self.blocks is None:
             check_reach(self.name, request.budget, self.reach(request.plan.shape))
-        elif not 0 < self.blocks <= self._most(request.plan.shape):
-            raise FlexiError(
-                f"{self.name}: blocks = {self.blocks}, expected 1..{self._most(request.plan.shape)} on this model"
-            )
+        else:
+            check_count(self.name, "blocks", self.blocks, self._most(request.plan.shape))
         count = 1
         if not self.progressive:
             count = self.blocks or smallest(self._most(shape), without, request.budget, self.name)
@@ -107,6 +103,8 @@ class RemoveBlocks:
 
     def _compensated(self, request: PruningRequest, gone: Collection[int]) -> PruningPlan:
         """Return the plan without these blocks, with a gain behind each run of them."""
+        from flexi_plugins.numerics import enlargement
+
         magnitude = request.statistics["stream-magnitude"]
         recipes, first = [], None
         for index, recipe in enumerate(PruningPlan.identity(request.shape).blocks):
@@ -129,15 +127,6 @@ class RemoveBlocks:
     def tensors(self, request: TensorRequest) -> dict[str, Tensor]:
         """Return nothing: removal makes no new tensors."""
         return {}
-
-
-def enlargement(before: Tensor, after: Tensor) -> float:
-    """Return alpha: the mean over channels of the mean over windows of after / before, both (windows, hidden).
-
-    A channel that is silent in a window says nothing there, and counts as unchanged.
-    """
-    ratio = (after / before).where(before > 0, after.new_ones(()))
-    return float(ratio.double().mean(0).mean())
 
 
 @hookimpl

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import combinations, product
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-from flexi_plugins.budget import check_reach, least_loss, smallest
+from flexi_plugins.budget import check_count, check_reach, least_loss, smallest
 from flexi_plugins.data import BlockRecipe, ModelShape, Part, PruningPlan
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.hookspecs import (
@@ -93,8 +93,7 @@ class ShareLora:
         if count is None:
             check_reach(self.name, request.budget, self.reach(shape))
             count = smallest(len(order), lambda n: self._sharing(shape, order[:n]), request.budget, self.name)
-        if not 0 < count <= len(order):
-            raise FlexiError(f"{self.name}: blocks = {count}, expected 1..{len(order)} on this model")
+        check_count(self.name, "blocks", count, len(order))
         return self._sharing(shape, order[:count], request)
 
     def _sharing(self, shape: ModelShape, gone: Sequence[int], request: PruningRequest | None = None) -> PruningPlan:
