@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import re
 import shutil
@@ -15,6 +17,7 @@ from flexi_plugins.errors import FlexiError
 if TYPE_CHECKING:
     from torch import Tensor
 
+LOCKLESS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 TEMPORARY = re.compile(r"\.(\d+)\.tmp$")  # of a file or folder that the process of this number was writing
 
 
@@ -29,13 +32,51 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise FlexiError(
-            f"{path}: cannot be written ({error.strerror or error}); free space on that disk or make the folder "
-            "writable, then give the same command again: what is finished is kept"
-        ) from error
+        raise _unwritable(path, error) from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _unwritable(path: Path, error: OSError) -> FlexiError:
+    return FlexiError(
+        f"{path}: cannot be written ({error.strerror or error}); free space on that disk or make the folder "
+        "writable, then give the same command again: what is finished is kept"
+    )
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock; raise where it is held, by another process or in this one.
+
+    It ends with the process, however that ends. File systems without locks (some of clusters) have none to hold.
+    """
+    lock = folder / "lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = lock.open("ab+", buffering=0)
+    except OSError as error:
+        raise _unwritable(lock, error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().decode().strip() or "unknown"
+            raise FlexiError(
+                f"study: {folder} is in use by process {holder}; wait for its end, or give another folder (--out)"
+            ) from None
+        except OSError as error:
+            if error.errno not in LOCKLESS:
+                raise _unwritable(lock, error) from error
+        with suppress(OSError):  # on a full disk: the number is for messages
+            file.truncate(0)
+            file.write(b"%d\n" % os.getpid())
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                lock.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path, pattern: str = "**/*.tmp") -> None:

@@ -6,7 +6,6 @@ is whole. What cannot be read all the same is reported in ``problems`` and treat
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import json
 import math
@@ -16,8 +15,8 @@ import re
 import shutil
 import subprocess
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,28 +82,6 @@ def write_traceback(folder: Path, name: str) -> Path:
     path = folder / "failures" / f"{_file_name(name)}.txt"
     write_text(path, traceback.format_exc())
     return path
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock, also from other threads; raise where it is held. It ends with the process, however that ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise FlexiError(
-                f"study: {folder} is in use by process {file.read().strip() or 'unknown'}; wait for its end, or give another "
-                "folder (--out)"
-            ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        try:
-            yield
-        finally:
-            Path(file.name).unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------- store

@@ -23,6 +23,7 @@ from flexi_plugins.data import Cell, PruningPlan, Record, Status, digest
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.evaluation import Measurer
 from flexi_plugins.execution.sweep import Planned
+from flexi_plugins.files import alone
 from flexi_plugins.grid import EVALUATION, Grid, Work, combinations, plan_key, recovered_key
 from flexi_plugins.hookspecs import Budget, Candidate, Outcome
 from flexi_plugins.machine import Machine
@@ -31,7 +32,7 @@ from flexi_plugins.plugins import Plugins, incompatible, options_json, told
 from flexi_plugins.progress import Progress
 from flexi_plugins.pruner import Calibration, Pruner, Training, refusal, resident
 from flexi_plugins.report import write_paired, write_reports
-from flexi_plugins.store import Journal, Store, alone, commit, environment, write_traceback
+from flexi_plugins.store import Journal, Store, commit, environment, write_traceback
 from flexi_plugins.studyfile import Measure, StudyFile
 
 

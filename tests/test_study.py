@@ -28,6 +28,7 @@ from flexi_plugins.corpora.files import file_corpus
 from flexi_plugins.data import BlockRecipe, Measurement, PruningPlan, Record, Scores
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.execution.sweep import Sweeper
+from flexi_plugins.files import alone
 from flexi_plugins.hookspecs import Outcome
 from flexi_plugins.plugins import Plugins
 from flexi_plugins.progress import Progress
@@ -789,7 +790,7 @@ def test_a_cell_that_is_asked_for_twice_runs_once(model: Path, text: Path, tmp_p
 def test_one_process_at_a_time_runs_in_a_folder(model: Path, text: Path, tmp_path: Path) -> None:
     file = make_study(tmp_path / "s.toml", model, text)
     with (
-        store.alone(tmp_path / "run"),
+        alone(tmp_path / "run"),
         pytest.raises(FlexiError, match=rf"run is in use by process {os.getpid()}; wait for its end"),
     ):
         run_study(file, tmp_path / "run")
