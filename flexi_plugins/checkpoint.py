@@ -9,6 +9,7 @@ import json
 import math
 import mmap
 import os
+import platform
 import shutil
 import tempfile
 import threading
@@ -20,7 +21,7 @@ from functools import partial
 from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -121,8 +122,14 @@ class Checkpoint:
     @classmethod
     def from_model(cls, model: nn.Module, family_of: FamilyOf, name: str = "in memory") -> Checkpoint:
         """Wrap a transformers model in memory; its parameters are shared, and copied from a GPU when they are read."""
-        state = model.state_dict()
-        return cls(name, model.config, family_of(model.config), lambda tensor: state[tensor].cpu(), None)
+        checkpoint = cls(name, model.config, family_of(model.config), model.state_dict().__getitem__, None)
+        return checkpoint.on_cpu()
+
+    def on_cpu(self) -> Self:
+        """Return itself, reading tensors of a GPU from it; their sizes are asked for where they are."""
+        stored = self._stored
+        self.read = lambda name: stored(name).cpu()
+        return self
 
     def resident(self) -> Checkpoint:
         """Return the same checkpoint with every tensor it has read kept in memory."""
@@ -502,8 +509,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
     temporary = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder.parent, f".{glob.escape(folder.name)}.*.tmp")
-        temporary = Path(tempfile.mkdtemp(f".{os.getpid()}.tmp", f".{folder.name}.", folder.parent))
+        host = platform.node()  # numbers of processes are a machine's own
+        remove_leftovers(folder.parent, f".{glob.escape(folder.name)}.????????.{glob.escape(host)}.*.tmp")
+        temporary = Path(tempfile.mkdtemp(f".{host}.{os.getpid()}.tmp", f".{folder.name}.", folder.parent))
         yield temporary
         os.chmod(temporary, 0o755)
         os.replace(temporary, folder)

@@ -12,6 +12,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flexi_plugins.data import Measurement, PruningPlan, digest
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.execution.likelihoods import AnswerJournal, likelihoods
@@ -19,9 +21,9 @@ from flexi_plugins.execution.sweep import Planned, Sweeper
 from flexi_plugins.files import remove_leftovers
 from flexi_plugins.hookspecs import Candidate, EvaluationRequest, Outcome
 from flexi_plugins.machine import float_dtype
-from flexi_plugins.plugins import told
+from flexi_plugins.plugins import options_json, told
 from flexi_plugins.pruner import Pruner
-from flexi_plugins.store import write_traceback
+from flexi_plugins.store import environment, write_traceback
 from flexi_plugins.studyfile import Measure
 
 
@@ -33,6 +35,7 @@ class Measurer:
         self.planned: dict[str, Planned] = {p.plan.hash: p for p in planned}
         self.sweeper = Sweeper(pruner.blocks, pruner.progress.say)
         self.lost: dict[str, int] = {}  # plan hash -> first block whose states were not finite
+        self.machine = [environment(pruner.machine.gpu), torch.get_num_threads()]  # what speeds depend on
         self.scratch = folder / f"exports.{os.getpid()}.tmp"
 
     def __enter__(self) -> Measurer:
@@ -48,11 +51,12 @@ class Measurer:
         """Return the outcomes of the candidates, in their order: all made already, or one by one as they are taken.
 
         When the evaluator breaks, what it has not measured has that as its failure; a FlexiError ends the study. With a
-        journal, outcomes that are whole are kept in it as they are taken, and not measured again; setting: the
-        evaluator's options and the digest of what it reads.
+        journal, outcomes that are whole are kept in it as they are taken, and not measured again on this machine; setting: the
+        digest of what the evaluator reads, and whatever else they depend on beside its options.
         """
         entry = self.pruner.plugins.entry("evaluator", measure.evaluator, measure.options)
-        key = digest([asdict(entry.provenance), setting, *self._setting, self.pruner.seed])
+        options = [asdict(entry.provenance), options_json(entry.object), setting]
+        key = digest([options, self._setting, self.pruner.seed, self.machine])
         known = {c.plan.hash: kept for c in candidates if (kept := self._kept(c.plan, key)) is not None}
         asked = [c for c in candidates if c.plan.hash not in known]
         made: Iterator[Outcome] = iter(())

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,14 +52,14 @@ def alone(folder: Path) -> Iterator[None]:
     It ends with the process, however that ends. File systems without locks (some of clusters) have none to hold.
     """
     lock = folder / "lock"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = lock.open("ab+", buffering=0)
-    except OSError as error:
-        raise _unwritable(lock, error) from error
-    with file:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            folder.mkdir(parents=True, exist_ok=True)
+            while True:
+                file = stack.enter_context(lock.open("ab+", buffering=0))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if lock.exists() and os.path.samestat(lock.stat(), os.fstat(file.fileno())):
+                    break  # else its last holder has removed it meanwhile
         except BlockingIOError:
             file.seek(0)
             holder = file.read().decode().strip() or "unknown"

@@ -30,8 +30,21 @@ class Progress:
 
     @contextmanager
     def stage(self, title: str, total: int | None = None) -> Iterator[Advance]:
-        """Yield ``advance(n)`` for a stage of ``total`` steps; the time it took is printed when it ends."""
+        """Yield ``advance(n)`` for a stage of ``total`` steps; the time it took is printed when it ends.
+
+        A stage in a generator ends where that is closed.
+        """
         start, outer = time.monotonic(), self._shown
+        try:
+            with self._showing(title, total, outer) as advance:
+                yield advance
+        except GeneratorExit:
+            self._took(title, start, outer)
+            raise
+        self._took(title, start, outer)
+
+    @contextmanager
+    def _showing(self, title: str, total: int | None, outer: Any) -> Iterator[Advance]:
         with ExitStack() as stack:
             stack.callback(setattr, self, "_shown", outer)
             if self.console.is_terminal:
@@ -49,6 +62,8 @@ class Progress:
                     self.say(f"{title} ...")
                 lines = self._shown = _Lines(self.say, title, total)
                 yield lines
+
+    def _took(self, title: str, start: float, outer: Any) -> None:
         if outer is None:
             self.say(f"{title}: {time.monotonic() - start:.1f} s")
 

@@ -109,6 +109,7 @@ class Pruner:
         self.progress = progress or Progress(quiet=True)
         self.trials = Trials(journal, lambda: [self.checkpoint.fingerprint(), self.texts[2], str(self.dtype)])
         self._texts: dict[Training, tuple[TrainingText, TrainingText, str]] = {}
+        self._shares: Pruner | None = None  # whose blocks these are
 
     @property
     def _original(self) -> Planned:
@@ -134,7 +135,7 @@ class Pruner:
         return torch.tensor(windows), torch.tensor(samples), f"{first[:32]}{second[:32]}"
 
     def calibrated(self, calibration: Calibration, seed: int) -> Pruner:
-        """Return a pruner of the same model on other calibration text; blocks in memory are those of both."""
+        """Return a pruner of the same model on other calibration text; the blocks in memory are those of both."""
         other = Pruner(
             self.checkpoint,
             calibration,
@@ -147,12 +148,14 @@ class Pruner:
             progress=self.progress,
             journal=self.trials.journal,
         )
-        other.blocks = self.blocks
+        other._shares = self
         return other
 
     @cached_property
     def blocks(self) -> Blocks:
         """The blocks of this model's plans."""
+        if self._shares is not None:
+            return self._shares.blocks
         return Blocks(self.checkpoint, self.dtype, self.machine.torch_device, *self.machine.budget())
 
     @cached_property
@@ -272,29 +275,43 @@ class Pruner:
                 f"plan: {len(missing)} tensors ({missing[0]}, ...) are missing that {made_by} made step by step; they lie "
                 "beside the plan, or make the plan again"
             )
-        maker = self._as_calibrated(plan)
-        made = maker._attached(Planned(plan), strategy, self._original)
-        if maker is not self:
-            maker.calibrator.forget([])
-        return made
+        maker, text = self._maker(plan)
+        try:
+            return maker._attached(Planned(plan), strategy, self._original, text)
+        finally:
+            if maker is not self and "calibrator" in vars(maker):
+                maker.calibrator.forget([])  # the states that it keeps are among the blocks that both have
 
-    def _as_calibrated(self, plan: PruningPlan) -> Pruner:
-        """Return a pruner on the text that a plan was made by; raise where that is another text now."""
-        text = plan.origin.get("calibration", self._calibrated_on)
-        if text == self._calibrated_on:
-            return self
-        setting = dict(text)
-        seed, found = setting.pop("seed"), setting.pop("text")
-        other = self.calibrated(Calibration(**setting), seed)
-        if other.texts[2][:16] != found:
-            raise FlexiError(
-                f"plan: its new tensors are to be made on {setting['corpus']!r}, seed {seed}, as the plan was, and that text "
-                f"is another now ({other.texts[2][:16]}, expected {found}); make the plan again"
-            )
-        return other
+    def _maker(self, plan: PruningPlan) -> tuple[Pruner, str | None]:
+        """Return a pruner on the text that a plan was made by, and the digest that this text has to have."""
+        if "calibration" not in plan.origin:
+            return self, None
+        setting = dict(plan.origin["calibration"])
+        text = setting.pop("text")
+        if setting == {**asdict(self.calibration), "seed": self.seed}:
+            return self, text
+        seed = setting.pop("seed")
+        return self.calibrated(Calibration(**setting), seed), text
 
-    def _attached(self, planned: Planned, strategy: ReplacementStrategy, before: Planned) -> Planned:
-        """Return the plan with its missing tensors made; ``before`` is what the step that brought them saw."""
+    def _attached(
+        self, planned: Planned, strategy: ReplacementStrategy, before: Planned, text: str | None = None
+    ) -> Planned:
+        """Return the plan with its missing tensors made; ``before`` is what the step that brought them saw.
+
+        text: the digest that the calibration text has to have where it is used.
+        """
+
+        def on_text(ask: Callable[..., Any]) -> Callable[..., Any]:
+            def asked(*given: Any, **options: Any) -> Any:
+                if text not in (None, self.texts[2][:16]):
+                    raise FlexiError(
+                        f"plan: its new tensors are to be made on {self.calibration.corpus!r}, seed {self.seed}, as the plan "
+                        f"was, and that text is another now ({self.texts[2][:16]}, expected {text}); make the plan again"
+                    )
+                return ask(*given, **options)
+
+            return asked
+
         plan = planned.plan
         if set(needed_tensors(plan)) <= set(planned.attached):
             return planned
@@ -304,11 +321,9 @@ class Pruner:
             weights=self.checkpoint,
             attached=planned.attached,
             seed=self.seed,
-            statistics=lambda names: self.calibrator.statistics(before, names),
-            quality=partial(self._quality, planned),
-            traces=lambda position, target: self.calibrator.traces(
-                before, position, _carried(target[0], before), target[1]
-            ),
+            statistics=on_text(lambda names: self.calibrator.statistics(before, names)),
+            quality=on_text(partial(self._quality, planned)),
+            traces=on_text(lambda at, to: self.calibrator.traces(before, at, _carried(to[0], before), to[1])),
         )
         made = strategy.tensors(request)
         for name, tensor in made.items():
@@ -386,6 +401,7 @@ class Pruner:
         if chosen.interleaved:
             assert made_by is not None
             trained, courses = self._trained_stepwise(planned.plan, *made_by, chosen, setting, Path(folder))
+            self.calibrator.forget([])
         else:
             text, held_out, _ = self.training_texts(setting)
             trained, course = self._trained(planned, chosen, text, held_out, setting.tokens, Path(folder))

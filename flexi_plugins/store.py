@@ -280,10 +280,10 @@ def _differing(plan: PruningPlan, tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 class Journal:
-    """Answers of sweeps that are not finished, one file a plan and batch group, so that a killed sweep goes on.
+    """What is known of plans while a study is not finished, one file a plan and group, so that one that was killed goes on.
 
-    A group hash covers all else that its answers depend on: tokens, model fingerprint and compute dtype. A search keeps
-    what its models are worth in the same way (see ``Trials``).
+    Groups are batches of a sweep (their answers), measures of a search (what a model is worth, see ``Trials``) and
+    evaluators (their outcomes, see ``Measurer``). A group hash covers all that these depend on beside the plan.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -291,7 +291,7 @@ class Journal:
         remove_leftovers(self.folder)
 
     def get(self, plan_hash: str, group_hash: str) -> list | None:
-        """Return the answers of a plan to a batch group, or None. Tuples come back as lists."""
+        """Return what is known of a plan in a group, or None. Tuples come back as lists."""
         path = self._path(plan_hash, group_hash)
         try:
             value = from_text(path.read_text(encoding="utf-8"))
@@ -300,7 +300,7 @@ class Journal:
             return None
 
     def put(self, plan_hash: str, group_hash: str, answers: Sequence[Any]) -> None:
-        """Keep the answers of a plan to a batch group; numbers, NaN included, come back as they are."""
+        """Keep what is known of a plan in a group; numbers, NaN included, come back as they are."""
         value = {"plan": plan_hash, "group": group_hash, "answers": answers}
         _write_json(self._path(plan_hash, group_hash), value)
 

@@ -80,9 +80,7 @@ class Study:
                 self.recover(trained)
                 self.measure(trained)
         records = [r for r in (self.store.get(w.cell) for w in works) if r is not None]
-        if todo and not any(
-            r.status == "failed" for r in records
-        ):  # what failed is tried again, and knows the rest then
+        if not any(r.status == "failed" for r in records):  # what failed is tried again, and knows the rest then
             self.journal.clear()
         write_reports(self.plugins, records, self.folder, self.file.name)
         write_paired(self.store, records, self.folder, self.file.name)

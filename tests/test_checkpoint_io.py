@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import resource
 import shutil
 import subprocess
@@ -576,9 +577,9 @@ def test_a_shard_spoiled_half_way_leaves_nothing_behind(
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def left_by(killed: int, out: Path) -> Path:
+def left_by(killed: int, out: Path, host: str = platform.node()) -> Path:
     """Return a folder of half a checkpoint, as the process of a number left it."""
-    left = out.parent / f".{out.name}.abcdefgh.{killed}.tmp"
+    left = out.parent / f".{out.name}.abcdefgh.{host}.{killed}.tmp"
     left.mkdir(parents=True)
     (left / "shard-0").write_bytes(b"half")
     return left
@@ -606,8 +607,10 @@ def test_what_others_are_writing_or_left_of_other_folders_stays(checkpoint: Chec
     gone, out = 999_999_999, tmp_path / "out" / "x"
     running, other = left_by(os.getppid(), out), left_by(gone, out.with_name("y"))
     deeper, dead = left_by(gone, out.parent / "z" / "x"), left_by(gone, out)
+    elsewhere = left_by(gone, out, "another-host")  # whose numbers of processes say nothing here
     write_checkpoint(PruningPlan.identity(checkpoint.shape), checkpoint, None, out)
     assert not dead.exists()
+    assert elsewhere.exists()
     assert running.exists()
     assert other.exists()
     assert deeper.exists()

@@ -355,12 +355,27 @@ def test_tensors_that_depend_on_text_are_made_on_the_plans_own(
     for name in ("model.safetensors", "plan.json"):
         assert (tmp_path / "planned" / name).read_bytes() == (tmp_path / "direct" / name).read_bytes(), name
 
-    plan = json.loads((tmp_path / "plan.json").read_text())
-    plan["origin"]["calibration"]["text"] = "0" * 16
-    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    written = json.loads((tmp_path / "plan.json").read_text())
+    written["origin"]["calibration"]["text"] = "0" * 16  # as if the corpus had another text now
+    (tmp_path / "plan.json").write_text(json.dumps(written))
     other = flexi("eval", *plain, "--tokens", 512, "--window", 128)
     assert other.status == 2
     assert "seed 3, as the plan was, and that text is another now" in other.err
+
+
+def test_tensors_that_depend_on_weights_alone_need_no_text(
+    flexi: Flexi, method: list[str], model: Path, text: Path, tmp_path: Path
+) -> None:
+    method = ["share-lora" if word == "concat-merge" else word for word in method]
+    assert flexi("plan", *method, "-o", tmp_path / "plan.json").status == 0
+    written = (tmp_path / "plan.json").read_text()
+    assert str(text) in written
+    (tmp_path / "plan.json").write_text(written.replace(str(text), str(tmp_path / "gone.txt")))
+    planned = flexi("prune", "--model", model, "--plan", tmp_path / "plan.json", "-o", tmp_path / "planned")
+    direct = flexi("prune", *method, "-o", tmp_path / "direct")
+    assert (planned.status, direct.status) == (0, 0), planned.err + direct.err
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("planned", "direct")]
+    assert weights[0] == weights[1]
 
 
 def test_a_model_that_is_no_plain_one_is_reached_by_its_plan(

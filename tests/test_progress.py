@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Iterator
 
 import pytest
 from rich.console import Console
@@ -56,6 +57,22 @@ def test_a_note_is_shown_beside_the_time_that_is_left(terminal: bool, outer: boo
     assert f"lora: training 64 parameters: {NOTE}" in line
     left = r"50% .* left 0:00:50" if terminal else r": 40%, about 60 s left"
     assert re.search(left, line), line
+
+
+def test_a_stage_in_a_generator_ends_where_that_is_closed(clock: Clock) -> None:
+    shown, text = Progress(), io.StringIO()
+    shown.console = Console(file=text, width=150, get_time=clock)
+
+    def work() -> Iterator[int]:
+        with shown.stage("judging", 2):
+            yield 1
+            yield 2
+
+    working = work()
+    assert next(working) == 1
+    clock.now += 7
+    working.close()
+    assert text.getvalue().splitlines() == ["judging ...", "judging: 7.0 s"]
 
 
 @pytest.mark.parametrize("terminal", [False, True])

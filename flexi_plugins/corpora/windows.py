@@ -43,8 +43,8 @@ def token_windows(
 
 
 def text_digest(corpus: Corpus, split: str, data: Path | None, tokens: int | None = 0) -> str:
-    """Return the SHA-256 of a split's first million characters, or more where so many tokens take more; None: of all."""
-    enough = math.inf if tokens is None else max(1_000_000, CHARACTERS_PER_TOKEN * tokens)
+    """Return the SHA-256 of a split's first million characters, or of ten a token where these are more; None: of all."""
+    enough = math.inf if tokens is None else max(1_000_000, 10 * tokens)
     found, characters = hashlib.sha256(), 0
     for text in corpus.texts(split, data):
         found.update(text.encode())

@@ -44,7 +44,7 @@ class Perplexity:
         return [self._outcome(c.label, own) for c, own in zip(request.candidates, losses, strict=True)]
 
     def inputs(self, data: Path | None, corpora: Mapping[str, Corpus]) -> str:
-        """Return a digest of the corpus' held-out text, as far as it is read."""
+        """Return a digest of the corpus' held-out text: of all, or of so much that the tokens hardly take more."""
         count = None if self.tokens == "all" else self.tokens
         return text_digest(find_corpus(self.corpus, corpora), "held-out", data, count)
 

@@ -32,7 +32,8 @@ class SlicedModel(Checkpoint):
     def __init__(
         self, name: str, config: PreTrainedConfig, family: Family, tensors: Mapping[str, Tensor], shape: ModelShape
     ) -> None:
-        super().__init__(name, config, family, lambda tensor: tensors[tensor].cpu(), None)
+        super().__init__(name, config, family, tensors.__getitem__, None)
+        self.on_cpu()
         self.shape = shape
         for tensor, expected in self.tensor_names().items():
             found = tuple(tensors[tensor].shape) if tensor in tensors else "nothing"

@@ -123,9 +123,11 @@ class Stages(Progress):
     def stage(self, title: str, total: int | None = None) -> Iterator[Advance]:
         """Yield ``advance(n)`` for a stage of ``total`` steps."""
         began = time.monotonic()
-        with super().stage(title, total) as advance:
-            yield advance
-        self.seconds[title] += time.monotonic() - began
+        try:
+            with super().stage(title, total) as advance:
+                yield advance
+        finally:  # a stage in a generator ends where that is closed
+            self.seconds[title] += time.monotonic() - began
 
 
 @dataclass(frozen=True)
