@@ -631,7 +631,7 @@ class Judge:
             if index == self.stops and self.how == "ends":
                 return
             broken = index == self.stops and self.how == "nan"
-            time.sleep(0.01)
+            time.sleep(0.1)  # longer than what the study does around it
             try:
                 yield Outcome((Measurement("verdict", math.nan if broken else 1.0, True),))
             finally:
