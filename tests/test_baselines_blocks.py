@@ -239,7 +239,7 @@ def test_a_compensated_model_is_scored_as_if_its_gains_were_folded_into_its_weig
     recipes = [replace(r, gain=g) for r, g in zip(plan.blocks, (1.0, 1.5, 1.0, 0.7), strict=True)]
     plan = PruningPlan(plan.shape, tuple(recipes))
     pruner.write(plan, tmp_path / "folded")
-    folded = AutoModelForCausalLM.from_pretrained(tmp_path / "folded", dtype=torch.float32)
+    folded = AutoModelForCausalLM.from_pretrained(tmp_path / "folded", dtype=torch.float32).requires_grad_(False)
     for power in (1, 2):
         found = pruner.score(magnitude.Magnitude(norm_power=power), Planned(plan)).block.tolist()
         norms = [
