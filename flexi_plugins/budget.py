@@ -44,7 +44,7 @@ def removable(shape: ModelShape, first: int, last: int) -> int:
 
 
 def removable_share(shape: ModelShape, first: int, last: int) -> float:
-    """Return the ratio of removing them all."""
+    """Return the ratio of removing as many blocks as can go (see ``removable``)."""
     gone = shape.blocks[first : first + max(0, removable(shape, first, last))]
     return sum(map(shape.block_parameters, gone)) / shape.parameters
 

@@ -52,11 +52,11 @@ class Measurer:
 
         When the evaluator breaks, what it has not measured has that as its failure; a FlexiError ends the study. With a
         journal, outcomes that are whole are kept in it as they are taken, and not measured again on this machine; setting: the
-        digest of what the evaluator reads, and whatever else they depend on beside its options.
+        evaluator's options, with the digest of what it reads.
         """
         entry = self.pruner.plugins.entry("evaluator", measure.evaluator, measure.options)
-        options = [asdict(entry.provenance), options_json(entry.object), setting]
-        key = digest([options, self._setting, self.pruner.seed, self.machine])
+        options = setting or options_json(entry.object)
+        key = digest([asdict(entry.provenance), options, self._setting, self.pruner.seed, self.machine])
         known = {c.plan.hash: kept for c in candidates if (kept := self._kept(c.plan, key)) is not None}
         asked = [c for c in candidates if c.plan.hash not in known]
         made: Iterator[Outcome] = iter(())

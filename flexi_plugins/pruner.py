@@ -109,7 +109,7 @@ class Pruner:
         self.progress = progress or Progress(quiet=True)
         self.trials = Trials(journal, lambda: [self.checkpoint.fingerprint(), self.texts[2], str(self.dtype)])
         self._texts: dict[Training, tuple[TrainingText, TrainingText, str]] = {}
-        self._shares: Pruner | None = None  # whose blocks these are
+        self._blocks_of: Pruner | None = None
 
     @property
     def _original(self) -> Planned:
@@ -148,14 +148,14 @@ class Pruner:
             progress=self.progress,
             journal=self.trials.journal,
         )
-        other._shares = self
+        other._blocks_of = self
         return other
 
     @cached_property
     def blocks(self) -> Blocks:
         """The blocks of this model's plans."""
-        if self._shares is not None:
-            return self._shares.blocks
+        if self._blocks_of is not None:
+            return self._blocks_of.blocks
         return Blocks(self.checkpoint, self.dtype, self.machine.torch_device, *self.machine.budget())
 
     @cached_property

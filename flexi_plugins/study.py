@@ -80,7 +80,8 @@ class Study:
                 self.recover(trained)
                 self.measure(trained)
         records = [r for r in (self.store.get(w.cell) for w in works) if r is not None]
-        if not any(r.status == "failed" for r in records):  # what failed is tried again, and knows the rest then
+        failed = any(r.status == "failed" for r in records)  # is tried again, and knows the rest then
+        if todo and not failed:
             self.journal.clear()
         write_reports(self.plugins, records, self.folder, self.file.name)
         write_paired(self.store, records, self.folder, self.file.name)
