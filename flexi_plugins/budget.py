@@ -19,12 +19,17 @@ def check_reach(who: str, budget: Budget, reach: float) -> None:
     """Raise with the reachable range unless the budget's ratio lies in it."""
     if not 0 < budget.ratio < 1:
         raise OutOfReach(
-            f"{who}: ratio {budget.ratio:g} is not between 0 and 1; on this model it reaches up to {reach:.4f}"
+            f"{who}: ratio {budget.ratio:g} is not between 0 and 1; on this model it reaches up to {rounded_down(reach)}"
         )
     if budget.ratio > reach:
         raise OutOfReach(
-            f"{who}: ratio {budget.ratio:g} is out of reach on this model; it reaches ratios up to {reach:.4f}"
+            f"{who}: ratio {budget.ratio:g} is out of reach on this model; it reaches ratios up to {rounded_down(reach)}"
         )
+
+
+def rounded_down(ratio: float) -> str:
+    """Return a ratio to four decimals that is in reach where the given one is."""
+    return f"{math.floor(ratio * 1e4) / 1e4:.4f}"
 
 
 def smallest(count: int, make: Callable[[int], PruningPlan], budget: Budget, who: str) -> int:
@@ -34,13 +39,20 @@ def smallest(count: int, make: Callable[[int], PruningPlan], budget: Budget, who
             return n
     reach = make(count).ratio if count else 0.0
     raise OutOfReach(
-        f"{who}: ratio {budget.ratio:g} is out of reach on this model; it reaches ratios up to {reach:.4f}"
+        f"{who}: ratio {budget.ratio:g} is out of reach on this model; it reaches ratios up to {rounded_down(reach)}"
     )
 
 
 def removable(shape: ModelShape, first: int, last: int) -> int:
     """Return how many blocks can go where the first and the last ones are protected, and at least one stays."""
+    check_protected(first, last)
     return min(len(shape.blocks) - first - last, len(shape.blocks) - 1)
+
+
+def check_protected(first: int, last: int) -> None:
+    """Raise for a negative number of blocks to protect."""
+    if first < 0 or last < 0:
+        raise FlexiError(f"protect_first = {first}, protect_last = {last}: expected 0 or more blocks to protect")
 
 
 def removable_share(shape: ModelShape, first: int, last: int) -> float:
@@ -132,7 +144,7 @@ def global_units(
     if excess > 0:
         raise OutOfReach(
             f"unit ranking: ratio {budget.ratio:g} is out of reach with these protected blocks and floors; "
-            f"it reaches ratios up to {sum(i.cost for i in items) / shape.parameters:.4f}"
+            f"it reaches ratios up to {rounded_down(sum(i.cost for i in items) / shape.parameters)}"
         )
     return without_units(shape, gone)
 
@@ -140,7 +152,7 @@ def global_units(
 def _heads(shape: ModelShape, block: int, values: Tensor, floor: int) -> list[_Item]:
     order = values.argsort(stable=True).tolist()
     cost = shape.head_cost(shape.blocks[block])
-    return [_Item(float(values[u]), block, "attention", (u,), cost) for u in order[: len(order) - floor]]
+    return [_Item(float(values[u]), block, "attention", (u,), cost) for u in order[: max(0, len(order) - floor)]]
 
 
 def _channels(shape: ModelShape, block: int, values: Tensor, multiple: int) -> list[_Item]:

@@ -274,7 +274,8 @@ class _ForwardObserver:
         output, trace = self.traced(batch, position, hidden, arguments)
         for statistic in self.statistics:
             total = self.totals.setdefault((statistic.name, position), {})
-            for name, value in statistic.observe(trace).items():
+            own = replace(trace, before=trace.before[max(0, len(trace.before) + 1 - statistic.span) :])
+            for name, value in statistic.observe(own).items():
                 total[name] = total[name] + value if name in total else value
         return output
 

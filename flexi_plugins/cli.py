@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import uuid
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,7 +55,9 @@ MetricOptions = Annotated[list[str] | None, typer.Option("--metric-option", help
 StrategyOptions = Annotated[list[str] | None, typer.Option("--strategy-option", help="KEY=VALUE, repeatable.")]
 Corpus = Annotated[str, typer.Option("--corpus", help="Calibration text: a corpus name or file:PATH.")]
 TrainingCorpus = Annotated[str, typer.Option("--training-corpus", help="Text to train on: a corpus name or file:PATH.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of the calibration sample.")]
+Seed = Annotated[
+    int, typer.Option("--seed", help="Seed of the calibration sample, and of all that is drawn or trained.")
+]
 Data = Annotated[Path | None, typer.Option("--data", envvar="FLEXI_DATA", help="Folder with local tasks/ and text/.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="Compute dtype: auto, float32, bfloat16, float16.")]
 Memory = Annotated[
@@ -262,6 +266,7 @@ def recover(
     Example: flexi recover --plan plan.json --method lora --tokens 24576 -o recovered/
     """
     from flexi_plugins.corpora.files import find_corpus
+    from flexi_plugins.files import alone
     from flexi_plugins.machine import first_process, take_own_gpu
     from flexi_plugins.planfiles import kept_plan, write_trained
     from flexi_plugins.plugins import Plugins
@@ -275,16 +280,17 @@ def recover(
     chosen.check()
     find_corpus(training_corpus, {n: e.object for n, e in plugins.entries("corpus").items()})
     setting = Training(training_corpus, length, tokens, held_out)
-    take_own_gpu()
+    take_own_gpu(device)
     checkpoints = output.with_name(f"{output.name}.training")
-    pruner = _pruner(model, corpus, seed, data, dtype, device, memory, checkpoints)
-    pruner.check_recovery(chosen)
-    made, by = kept_plan(pruner, asked, checkpoints)
-    of_method = checkpoints / "training" / method
-    trained = pruner.recover(made, chosen, setting, of_method, by)
-    if first_process():
-        write_trained(pruner, trained, checkpoints, of_method, output)
-        show_written(trained.plan, pruner.checkpoint, output, as_json)
+    with alone(checkpoints) if first_process() else nullcontext():  # the others of a torchrun are of the first
+        pruner = _pruner(model, corpus, seed, data, dtype, device, memory, checkpoints)
+        pruner.check_recovery(chosen)
+        made, by = kept_plan(pruner, asked, checkpoints)
+        of_method = checkpoints / "training" / method
+        trained = pruner.recover(made, chosen, setting, of_method, by)
+        if first_process():
+            write_trained(pruner, trained, checkpoints, of_method, output)
+            show_written(trained.plan, pruner.checkpoint, output, as_json)
 
 
 @app.command("eval")
@@ -303,28 +309,35 @@ def evaluate(
     window: Annotated[int, typer.Option("--window", help="Perplexity window, tokens.")] = 512,
     tokens: Annotated[int, typer.Option("--tokens", help="Perplexity tokens.")] = 8192,
     efficiency: Annotated[bool, typer.Option("--efficiency", help="Measure speed and memory on the CPU.")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="JSON file to write; what is measured is kept until it is there."),
+    ] = None,
     data: Data = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     memory: Memory = None,
     as_json: Json = False,
 ) -> None:
-    """Measure one model: perplexity, lm-eval tasks, efficiency.
+    """Measure one model: perplexity, lm-eval tasks, efficiency; with an output, what was stopped goes on where it was.
 
     \b
     Example: flexi eval --plan plan.json --tasks piqa,arc_easy --limit 100 --perplexity wikitext2 --data DIR
     """
     from flexi_plugins.data import PruningPlan
-    from flexi_plugins.evaluation import Measurer
+    from flexi_plugins.evaluation import Measurer, write_outcomes
     from flexi_plugins.execution.sweep import Planned
     from flexi_plugins.hookspecs import Candidate
-    from flexi_plugins.planfiles import read_plan
+    from flexi_plugins.planfiles import kept_beside, read_plan
+    from flexi_plugins.store import Journal
 
+    if output:
+        _check_new(output)
     measures = []
     if perplexity:
         measures.append({"evaluator": "perplexity", "corpus": perplexity, "window": window, "tokens": tokens})
     if tasks:
-        measures.append({"evaluator": "lm-eval", "tasks": tasks.split(","), "limit": limit})
+        measures.append({"evaluator": "lm-eval", "tasks": [t.strip() for t in tasks.split(",")], "limit": limit})
     if efficiency:
         measures.append({"evaluator": "efficiency"})
     chosen = _measures(measures)
@@ -332,12 +345,14 @@ def evaluate(
     shape = pruner.checkpoint.shape
     planned = read_plan(plan_file, pruner) if plan_file else Planned(PruningPlan.identity(shape))
     candidate = Candidate(model, planned.plan)
-    with (
-        tempfile.TemporaryDirectory(prefix="flexi-eval-") as folder,
-        Measurer(pruner, None, Path(folder), [planned]) as measurer,
-    ):
-        outcomes = [next(measurer.run(measure, [candidate])) for measure in chosen]
-    show_outcomes(outcomes, as_json)
+    beside = output or Path(tempfile.gettempdir()) / f"flexi-{uuid.uuid4().hex[:8]}"
+    with kept_beside(beside, "eval") as folder:  # it stays where a measurement failed, with the traceback in it
+        journal = Journal(folder) if output else None
+        with Measurer(pruner, journal, folder, [planned]) as measurer:
+            outcomes = [next(measurer.run(measure, [candidate])) for measure in chosen]
+        show_outcomes(outcomes, as_json)
+        if output:
+            write_outcomes(output, pruner, candidate, outcomes)
 
 
 @app.command()

@@ -284,9 +284,9 @@ Weighted = tuple[tuple[int, float], ...]  # ((source block, coefficient), ...)
 class BlockRecipe:
     """What one block of the new model is made of.
 
-    parts: taken in order and concatenated; or mix: weighted sum of whole blocks. norms: the weights of norms, q/k norms
-    and output biases (default: the first part's block, or the mix); biases: of q/k norms and output biases, where they
-    are other ones. shares: source of a whole, unshared block of the
+    parts: taken in order and concatenated; or mix: weighted sum of whole blocks, all biases included. norms: the weights
+    of norms, q/k norms and output biases (default: the first part's block, or the mix); biases: of q/k norms and output
+    biases, where they are other ones. shares: source of a whole, unshared block of the
     same plan with whose linear maps this one runs; it keeps the norms and biases of its part, has adapters of ``rank``,
     and with ``output_norm`` normalises both sub-layers' outputs. gain: factor on the residual that enters it. own: tensors
     that are new, attached to the plan instead of read (a compensating bias, a merged or trained map): ``ROLE.weight``,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import math
 import os
@@ -18,12 +19,12 @@ from flexi_plugins.data import Measurement, PruningPlan, digest
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.execution.likelihoods import AnswerJournal, likelihoods
 from flexi_plugins.execution.sweep import Planned, Sweeper
-from flexi_plugins.files import remove_leftovers
-from flexi_plugins.hookspecs import Candidate, EvaluationRequest, Outcome
+from flexi_plugins.files import remove_leftovers, write_text
+from flexi_plugins.hookspecs import Candidate, EvaluationRequest, Evaluator, Outcome
 from flexi_plugins.machine import float_dtype
-from flexi_plugins.plugins import options_json, told
+from flexi_plugins.plugins import Plugins, named, options_json, told
 from flexi_plugins.pruner import Pruner
-from flexi_plugins.store import environment, write_traceback
+from flexi_plugins.store import environment, to_text, write_traceback
 from flexi_plugins.studyfile import Measure
 
 
@@ -55,7 +56,7 @@ class Measurer:
         evaluator's options, with the digest of what it reads.
         """
         entry = self.pruner.plugins.entry("evaluator", measure.evaluator, measure.options)
-        options = setting or options_json(entry.object)
+        options = setting or described(entry.object, self.pruner.data, self.pruner.plugins)
         key = digest([asdict(entry.provenance), options, self._setting, self.pruner.seed, self.machine])
         known = {c.plan.hash: kept for c in candidates if (kept := self._kept(c.plan, key)) is not None}
         asked = [c for c in candidates if c.plan.hash not in known]
@@ -143,6 +144,27 @@ class Measurer:
             dtype=str(pruner.dtype).removeprefix("torch."),
             max_length=pruner.checkpoint.config.max_position_embeddings,
         )
+
+
+def described(evaluator: Evaluator, data: Path | None, plugins: Plugins) -> dict[str, Any]:
+    """Return an evaluator's options as JSON values, with a digest of what it reads, where it reads anything."""
+    with named("evaluator", evaluator.name):
+        inputs = evaluator.inputs(data, {n: e.object for n, e in plugins.entries("corpus").items()})
+    return {**options_json(evaluator), **({"inputs": inputs[:16]} if inputs else {})}
+
+
+def write_outcomes(path: Path, pruner: Pruner, candidate: Candidate, outcomes: Sequence[Outcome]) -> None:
+    """Write what was measured of one model as JSON, with what it depends on."""
+    found = {
+        "model": candidate.label,
+        "fingerprint": pruner.checkpoint.fingerprint(),
+        "plan": candidate.plan.hash,
+        "dtype": str(pruner.dtype).removeprefix("torch."),
+        "measurements": [asdict(m) for o in outcomes for m in o.measurements],
+        "versions": environment(pruner.machine.gpu) | {k: v for o in outcomes for k, v in o.versions.items()},
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    write_text(path, to_text(found, indent=1) + "\n")
 
 
 def _is_whole(outcome: Outcome) -> bool:

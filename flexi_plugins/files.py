@@ -47,7 +47,7 @@ def _unwritable(path: Path, error: OSError) -> FlexiError:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock; raise where it is held, by another process or in this one.
+    """Hold a folder's lock; raise where it is held, by another process or in this one. The folder goes if it ends empty.
 
     It ends with the process, however that ends. File systems without locks (some of clusters) have none to hold.
     """
@@ -64,7 +64,7 @@ def alone(folder: Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read().decode().strip() or "unknown"
             raise FlexiError(
-                f"study: {folder} is in use by process {holder}; wait for its end, or give another folder (--out)"
+                f"{folder} is in use by process {holder}; wait for its end, or write to another place"
             ) from None
         except OSError as error:
             if error.errno not in LOCKLESS:
@@ -77,6 +77,7 @@ def alone(folder: Path) -> Iterator[None]:
         finally:
             with suppress(OSError):
                 lock.unlink(missing_ok=True)
+                folder.rmdir()
 
 
 def remove_leftovers(folder: Path, pattern: str = "**/*.tmp") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ def chrf(
 
     windows: (windows, tokens) token ids. The first half of a window is the prompt, continued greedily by as many tokens
     as the second half has, which is the reference. ``model`` makes a candidate's transformers model; one is in memory at
-    a time.
+    a time. NaN of a model that breaks down, with logits that are not finite.
     """
     from sacrebleu import corpus_chrf
 
@@ -29,11 +30,23 @@ def chrf(
     found = []
     with progress.stage(f"generating with {len(candidates)} models", len(candidates)) as advance:
         for candidate in candidates:
-            written = continuations(model(candidate), windows[:, :half], windows.shape[1] - half)
-            texts = tokenizer.batch_decode(written.tolist(), skip_special_tokens=True)
-            found.append(-corpus_chrf(texts, [references], word_order=2).score)
+            made = model(candidate)
+            if is_finite(made, windows[:ROWS, :half]):
+                written = continuations(made, windows[:, :half], windows.shape[1] - half)
+                texts = tokenizer.batch_decode(written.tolist(), skip_special_tokens=True)
+                found.append(-corpus_chrf(texts, [references], word_order=2).score)
+            else:
+                found.append(math.nan)
             advance(1)
     return found
+
+
+def is_finite(model: Any, prompts: Tensor) -> bool:
+    """Whether all logits behind some prompts, (prompts, tokens) ids, are finite."""
+    import torch
+
+    with torch.inference_mode():
+        return bool(model(prompts.to(model.device)).logits[:, -1].isfinite().all())
 
 
 def continuations(model: Any, prompts: Tensor, count: int) -> Tensor:

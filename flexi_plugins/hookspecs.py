@@ -8,6 +8,7 @@ with defaults, and ``dataclasses.replace`` sets them; ``name`` and ``paper`` are
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -96,7 +97,8 @@ class ReplacementStrategy(Protocol):
     """Turns scores into a plan. A progressive strategy plans one step at a time, with fresh statistics.
 
     A paper's own measure of how much goes may take the place of the ratio: an option, where it is not None, that a class
-    variable ``knobs`` names (a tuple of names; a strategy without one always takes a ratio).
+    variable ``knobs`` names (a tuple of names; a strategy without one always takes a ratio). One whose later steps merge
+    again what earlier ones merged says so by ``retakes``, True (default: False).
     """
 
     name: ClassVar[str]
@@ -260,7 +262,7 @@ class Budget:
     @property
     def target(self) -> int:
         """Most parameters that may be stored."""
-        return int((1 - self.ratio) * self.parameters)
+        return self.parameters - math.ceil(self.ratio * self.parameters - 1e-3)  # what a float is off is no parameter
 
     def met(self, plan: PruningPlan) -> bool:
         """Whether the plan stores few enough parameters."""

@@ -83,7 +83,8 @@ class Machine:
             free = torch.cuda.mem_get_info(self.torch_device)[0]
             used = torch.cuda.memory_allocated(self.torch_device)
         else:
-            free, used = psutil.virtual_memory().available, psutil.Process().memory_info().rss
+            sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of a torchrun
+            free, used = psutil.virtual_memory().available // sharing, psutil.Process().memory_info().rss
         left = int(free * FREE_SHARE) if self.memory is None else int(self.memory * LIMIT_SHARE) - used
         return left, used, LIMIT_SHARE
 
@@ -101,9 +102,16 @@ def first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def take_own_gpu() -> None:
-    """Make ``cuda`` mean the GPU that torchrun gives this process, where there is a torchrun and there are GPUs."""
+def take_own_gpu(device: str = "auto") -> None:
+    """Make ``cuda`` mean the GPU that torchrun gives this process, where it is to run on one; raise where it has none."""
     import torch
 
-    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if "LOCAL_RANK" not in os.environ or device == "cpu" or not torch.cuda.is_available():
+        return
+    rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if rank >= gpus:
+        raise FlexiError(
+            f"torchrun: process {rank} of this machine has no GPU of its own, there are {gpus}; start as many processes as "
+            "GPUs (--nproc-per-node), or train with --device cpu"
+        )
+    torch.cuda.set_device(rank)

@@ -1,4 +1,4 @@
-"""Small numeric helpers that several methods share; float32 throughout."""
+"""Small numeric helpers that several methods share."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import Any
 from flexi_plugins.data import PruningPlan, digest
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.execution.sweep import Planned
-from flexi_plugins.files import remove_leftovers, write_tensor_file, write_text
+from flexi_plugins.files import alone, remove_leftovers, write_tensor_file, write_text
 from flexi_plugins.pruner import Pruner, origin
 from flexi_plugins.rewrite import read_attached
 from flexi_plugins.store import Store
@@ -55,9 +55,22 @@ def searching(output: Path | None) -> Iterator[Path | None]:
 
     Without an output there is none.
     """
-    folder = output.with_name(f"{output.name}.search") if output else None
-    yield folder
-    if folder:
+    if output is None:
+        yield None
+        return
+    with kept_beside(output, "search") as folder:
+        yield folder
+
+
+@contextmanager
+def kept_beside(output: Path, kind: str) -> Iterator[Path]:
+    """Yield OUTPUT.KIND, for what is kept until the output is there; it goes away with the end of the block, not with an error.
+
+    One process at a time has it: another one raises a FlexiError.
+    """
+    folder = output.with_name(f"{output.name}.{kind}")
+    with alone(folder):
+        yield folder
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -269,6 +269,17 @@ def told(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
+@contextlib.contextmanager
+def named(kind: str, name: str) -> Iterator[None]:
+    """Say which plugin it was that raised anything but a FlexiError."""
+    try:
+        yield
+    except FlexiError:
+        raise
+    except Exception as error:
+        raise FlexiError(f"{kind} {name!r} failed before anything ran: {told(error)}") from error
+
+
 def _source(point: importlib.metadata.EntryPoint) -> tuple[str, str]:
     return (point.dist.name, point.dist.version) if point.dist else ("an unknown distribution", "unknown")
 

@@ -18,7 +18,7 @@ from flexi_plugins.calibration import Calibrator
 from flexi_plugins.checkpoint import Checkpoint
 from flexi_plugins.corpora.files import find_corpus
 from flexi_plugins.corpora.training import training_text
-from flexi_plugins.corpora.windows import token_windows
+from flexi_plugins.corpora.windows import overlapping, token_windows
 from flexi_plugins.data import ModelShape, PruningPlan, Scores, Statistics, digest
 from flexi_plugins.errors import FlexiError, unknown
 from flexi_plugins.execution.blocks import Blocks
@@ -40,11 +40,13 @@ from flexi_plugins.hookspecs import (
 from flexi_plugins.machine import Machine
 from flexi_plugins.models import open_model
 from flexi_plugins.plugins import Plugins, check_compatible, options_json, options_of, own_knob
+from flexi_plugins.precision import products
 from flexi_plugins.progress import Progress
 from flexi_plugins.recovered import planned_of
 from flexi_plugins.recovery.copies import seed_of
 from flexi_plugins.recovery.monitor import Trained
 from flexi_plugins.recovery.options import TrainingOptions, unfit
+from flexi_plugins.recovery.refusal import refusal
 from flexi_plugins.rewrite import PlanWeights, build_model, needed_tensors, with_digests, write_checkpoint
 from flexi_plugins.trials import Trials
 
@@ -364,11 +366,16 @@ class Pruner:
         return self._texts[setting]
 
     def _calibrated(self, setting: Training, text: TrainingText) -> set[int]:
-        """Return which windows of a text to train on are windows of calibration too."""
-        if (setting.corpus, setting.length) != (self.calibration.corpus, self.calibration.length):
+        """Return which windows of a text to train on share tokens with windows of calibration (those of activations)."""
+        if setting.corpus != self.calibration.corpus:
             return set()
-        known = {tuple(row) for row in self.texts[0].tolist()}
-        return {index for index, row in enumerate(text.ids.tolist()) if tuple(row) in known}
+        found = overlapping(text.ids, self.texts[0])
+        if found is None:
+            self.progress.say(
+                f"training: which windows of {setting.length} tokens share some with those of calibration, of "
+                f"{self.calibration.length}, cannot be told, and some may decide which state is kept"
+            )
+        return found or set()
 
     def check_recovery(self, method: RecoveryMethod) -> None:
         """Raise a FlexiError for options of a method that cannot work, and where nothing can be trained here."""
@@ -415,7 +422,7 @@ class Pruner:
             self.progress.say(
                 f"training: the plan was calibrated on {found['windows']} windows of {found['length']} tokens of "
                 f"{found['corpus']} (seed {found['seed']}), so that windows which decide what state is kept may be among them; "
-                "with --corpus and --seed as for the plan they are not"
+                "those of a plan that is made and trained in one go, by a metric and a strategy, are not"
             )
 
     def _trained_stepwise(
@@ -626,7 +633,9 @@ class Pruner:
         return [math.inf if math.isnan(value) else value for value in found]
 
     def _chrf(self, candidates: list[Planned]) -> list[float]:
-        return chrf(candidates, self.model, self.texts[0], self.tokenizer, self.progress)
+        make = partial(self.model, dtype=str(self.dtype).removeprefix("torch."))
+        with products(self.dtype, torch.device("cpu")):
+            return chrf(candidates, make, self.texts[0], self.tokenizer, self.progress)
 
     def _scores(self, metric: ImportanceMetric, request: PruningRequest) -> Scores:
         return metric.score(request).check(f"metric {metric.name!r}", request.shape)
@@ -653,20 +662,6 @@ def origin(metric: ImportanceMetric, strategy: ReplacementStrategy, ratio: float
         "strategy_options": options_of(strategy),
         "ratio": ratio,
     }
-
-
-def refusal(method: RecoveryMethod, plan: PruningPlan, strategy: ReplacementStrategy | None) -> str | None:
-    """Return why a recovery method cannot train a plan's model, and what to do; None where it can.
-
-    strategy: by which the plan is made, where that is known.
-    """
-    if method.interleaved and not (strategy and strategy.progressive):
-        found = f"{strategy.name} plans in one step" if strategy else "a plan that is made has none left to come"
-        return (
-            f"{method.name} with these options trains behind every step of a progressive strategy, and {found}; name a metric "
-            "and such a strategy in the place of a plan, or train once at the end"
-        )
-    return method.refuses(plan)
 
 
 def count_only(shape: ModelShape, strategy: ReplacementStrategy, ratio: float) -> PruningPlan:

@@ -122,7 +122,7 @@ def unit_rows(plan: PruningPlan, source: int, role: str, units: tuple[int, ...] 
 
 
 def _vector(plan: PruningPlan, recipe: BlockRecipe, name: str, checkpoint: Checkpoint) -> Tensor:
-    """Norms and output biases are weighted sums of blocks'; biases of q, k, v, gate and up go with their units."""
+    """Norms and output biases are weighted sums of blocks'; other biases go with their units, and all with a mix."""
 
     def read(source: int) -> Tensor:
         family = checkpoint.family
@@ -131,10 +131,10 @@ def _vector(plan: PruningPlan, recipe: BlockRecipe, name: str, checkpoint: Check
     role = name.removesuffix(".bias")
     if name in ("attention_norm", "mlp_norm"):
         return _weighted(recipe.norm_weights, read)
+    if recipe.mix and role != name:
+        return _weighted(recipe.mix, read)
     if role == name or role in ("attention_output", "down"):
         return _weighted(recipe.bias_weights, read)
-    if recipe.mix:
-        return _weighted(recipe.mix, read)
     return _concatenated(plan, recipe, role, read, 0)
 
 
@@ -297,18 +297,22 @@ def plain_reason(plan: PruningPlan, checkpoint: Checkpoint) -> str | None:
 def build_model(
     plan: PruningPlan, checkpoint: Checkpoint, attached: Tensors | None = None, dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """Return the plan's model in memory; with the stored dtype, unchanged tensors share the checkpoint's storage."""
+    """Return the plan's model in memory, in one dtype (default: that of the stored embedding).
+
+    What is stored in it and unchanged shares the checkpoint's storage.
+    """
     config = model_config(plan, checkpoint)
     with unfilled():
         make = FlexiForCausalLM if isinstance(config, FlexiConfig) else AutoModelForCausalLM.from_config
         model = make(config)
-    state = {n: t if dtype is None else t.to(dtype) for n, t in state_dict(plan, checkpoint, attached or {})}
-    state = _copy_repeated(state)
+    state = dict(state_dict(plan, checkpoint, attached or {}))
+    dtype = dtype or state[checkpoint.outer_names()[0]].dtype
+    state = _copy_repeated({name: tensor.to(dtype) for name, tensor in state.items()})
     if checkpoint.shape.tied:
         state[f"{checkpoint.family.head}.weight"] = state[checkpoint.outer_names()[0]]
     model.load_state_dict(state, strict=True, assign=True)
     model.tie_weights()
-    config.dtype = model.config.dtype = next(iter(state.values())).dtype
+    config.dtype = model.config.dtype = dtype
     return model.eval().requires_grad_(False)
 
 

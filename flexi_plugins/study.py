@@ -21,16 +21,17 @@ from typing import Any
 from flexi_plugins.budget import check_reach
 from flexi_plugins.data import Cell, PruningPlan, Record, Status, digest
 from flexi_plugins.errors import FlexiError
-from flexi_plugins.evaluation import Measurer
+from flexi_plugins.evaluation import Measurer, described
 from flexi_plugins.execution.sweep import Planned
 from flexi_plugins.files import alone
 from flexi_plugins.grid import EVALUATION, Grid, Work, combinations, plan_key, recovered_key
 from flexi_plugins.hookspecs import Budget, Candidate, Outcome
 from flexi_plugins.machine import Machine
 from flexi_plugins.models import open_model
-from flexi_plugins.plugins import Plugins, incompatible, options_json, told
+from flexi_plugins.plugins import Plugins, incompatible, named, told
 from flexi_plugins.progress import Progress
-from flexi_plugins.pruner import Calibration, Pruner, Training, refusal, resident
+from flexi_plugins.pruner import Calibration, Pruner, Training, resident
+from flexi_plugins.recovery.refusal import refusal
 from flexi_plugins.report import write_paired, write_reports
 from flexi_plugins.store import Journal, Store, commit, environment, write_traceback
 from flexi_plugins.studyfile import Measure, StudyFile
@@ -66,7 +67,7 @@ class Study:
         self.check_reach()
         works = self.works()
         for method in {id(w.recovery): w.recovery for w in works if w.recovery}.values():
-            with _named("recovery", method.name):
+            with named("recovery", method.name):
                 self.pruners[self.file.seeds[0]].check_recovery(method)
         self.store.select(w.cell for w in works)
         todo = [w for w in works if not self._is_done(w.cell)]
@@ -145,15 +146,8 @@ class Study:
     @cached_property
     def _evaluation(self) -> dict[str, dict[str, Any]]:
         """The evaluators' options, each with a digest of what it reads, where it reads anything."""
-        described: dict[str, dict[str, Any]] = {}
-        corpora = {n: e.object for n, e in self.plugins.entries("corpus").items()}
-        for measure in self.file.evaluation:
-            evaluator = self.plugins.get("evaluator", measure.evaluator, measure.options)
-            with _named("evaluator", measure.evaluator):
-                inputs = evaluator.inputs(self.data, corpora)
-            read = {"inputs": inputs[:16]} if inputs else {}
-            described[EVALUATION + self._key(measure)] = {**options_json(evaluator), **read}
-        return described
+        evaluators = [(m, self.plugins.get("evaluator", m.evaluator, m.options)) for m in self.file.evaluation]
+        return {EVALUATION + self._key(m): described(e, self.data, self.plugins) for m, e in evaluators}
 
     def _is_done(self, cell: Cell) -> bool:
         record = self.store.get(cell)
@@ -343,17 +337,6 @@ class Study:
             self.progress.say(f"{work.cell.label} failed: {work.failure}")
             if not known:
                 write_traceback(self.folder, self.store.path(work.cell).stem)
-
-
-@contextmanager
-def _named(kind: str, name: str) -> Iterator[None]:
-    """Say which plugin it was that raised anything but a FlexiError."""
-    try:
-        yield
-    except FlexiError:
-        raise
-    except Exception as error:
-        raise FlexiError(f"{kind} {name!r} failed before anything ran: {told(error)}") from error
 
 
 def _candidate(work: Work) -> Candidate:

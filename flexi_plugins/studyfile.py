@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -219,6 +219,7 @@ def _name_problems(study: StudyFile, plugins: Plugins) -> Iterator[str]:
         yield from _method_problems("strategy", method, plugins)
     for measure in study.evaluation:
         yield from measure_problems(measure, plugins)
+    yield from _measured_twice(study.evaluation, plugins)
     for recovery in study.recovery:
         yield from _caught(lambda r=recovery: plugins.get("recovery", r.name, r.options).check())
         if recovery.ratios is not None:
@@ -274,6 +275,26 @@ def measure_problems(measure: Measure, plugins: Plugins) -> Iterator[str]:
     if isinstance(getattr(evaluator, "corpus", None), str):
         yield from _corpus_problems(evaluator.corpus, plugins)
     yield from _caught(evaluator.check)
+
+
+def _measured_twice(measures: Sequence[Measure], plugins: Plugins) -> Iterator[str]:
+    """Look for what two measures would give one name, of which the record had the first alone."""
+    seen: dict[tuple[Any, ...], Measure] = {}
+    for measure in measures:
+        try:
+            evaluator = plugins.get("evaluator", measure.evaluator, measure.options)
+        except FlexiError:
+            continue  # said already
+        names: list[tuple[Any, ...]] = [(task,) for task in getattr(evaluator, "tasks", ())]
+        if isinstance(getattr(evaluator, "corpus", None), str):
+            names.append((evaluator.corpus, getattr(evaluator, "window", None)))
+        for name in names:
+            first = seen.setdefault((measure.evaluator, *name), measure)
+            if first is not measure and first != measure:
+                yield (
+                    f"evaluation: {measure.evaluator} measures {name[0]} twice, with other options and by one name; put one of "
+                    "them into a study of its own"
+                )
 
 
 def _corpus_problems(name: str, plugins: Plugins) -> Iterator[str]:

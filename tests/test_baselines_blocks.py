@@ -28,6 +28,7 @@ from flexi_baselines import (
     streamline,
     taylor,
 )
+from flexi_baselines.last_blocks import merged
 from flexi_baselines.sequence_states import SequenceStates
 from test_architecture import PUBLIC
 from test_baselines_units import MODULES as OF_UNITS
@@ -445,6 +446,22 @@ def test_laco_merges_by_its_formula_and_keeps_the_first_blocks_norms(own):
         expected = second + third - first if merge == "published" else third
         assert close(model.model.layers[2].mlp.up_proj.weight, expected)
         assert torch.equal(model.model.layers[2].input_layernorm.weight, blocks[2].input_layernorm.weight)
+
+
+@pytest.mark.parametrize("method", ["laco", "mka"])
+def test_biases_of_merged_maps_are_merged_with_them(method):
+    own = pruner("llama-bias")
+    if method == "laco":
+        plan = own.plan(NoMetric(), laco.LaCo(C=3, I=9, T=-1.0), 0.05)
+    else:
+        plan = merged(own.checkpoint.shape, [0.7, 0.4])
+    model, blocks = build_model(plan, own.checkpoint), dense(own).model.layers
+    [(position, mix)] = [(i, recipe.mix) for i, recipe in enumerate(plan.blocks) if recipe.mix]
+    layer = model.model.layers[position]
+    for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
+        for kind in ("weight", "bias"):
+            expected = sum(share * blocks[i].get_parameter(f"{name}.{kind}") for i, share in mix)
+            assert close(layer.get_parameter(f"{name}.{kind}"), expected), f"{name}.{kind}"
 
 
 @pytest.mark.parametrize("merge", ["published", "notebook"])

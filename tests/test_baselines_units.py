@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from flexi_baselines import blockpruner, flap, input_moments, llm_pruner, wanda_sp
+from flexi_baselines import blockpruner, equal_shares, flap, input_moments, llm_pruner, wanda_sp
 from flexi_baselines.blockpruner import BlockPruner
 from flexi_baselines.flap import Flap, Fluctuation
 from flexi_baselines.llm_pruner import GroupTaylor, LlmPruner
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flexi_plugins.budget import global_units
+from flexi_plugins.budget import global_units, rounded_down
 from flexi_plugins.calibration import Calibrator
 from flexi_plugins.data import BlockRecipe, BlockShape, ModelShape, Part, PruningPlan, Scores, Statistics
 from flexi_plugins.errors import FlexiError, OutOfReach
@@ -489,7 +489,7 @@ def test_a_ratio_counts_the_biases(structure, bias):
         assert plan.ratio >= ratio
         biases = {name for recipe in plan.blocks for name in recipe.own}
         assert biases == ({"attention_output.bias", "down.bias"} if bias else set())
-    with pytest.raises(OutOfReach, match=rf"reaches ratios up to {strategy.reach(shape):.4f}"):
+    with pytest.raises(OutOfReach, match=rf"reaches ratios up to {rounded_down(strategy.reach(shape))}"):
         plan_of(strategy, shape, random_scores(shape), strategy.reach(shape) + 1e-3)
 
 
@@ -591,6 +591,14 @@ def test_wanda_sp_scores_each_block_behind_the_narrowed_ones(kind):
     pruner = pruner_of(model)
     plan = pruner.plan(WandaScores(), WandaSp(fraction=0.5), 0.5)
     assert gone(plan) == wanda_by_hand(model, 0.5)
+
+
+def test_a_share_that_no_fraction_takes_is_out_of_reach():
+    shape = shape_of()
+    reach = WandaSp().reach(shape)
+    assert equal_shares.saved(shape, equal_shares.least_fraction(shape, round(reach * shape.parameters))) > 0
+    with pytest.raises(OutOfReach, match="equal shares: ratio 1 is out of reach; it goes up to 0"):
+        equal_shares.least_fraction(shape, shape.parameters)
 
 
 def test_one_step_of_wanda_sp_narrows_one_block():

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -30,7 +31,10 @@ from flexi_plugins import cli, hookspecs
 from flexi_plugins.calibration import Calibrator
 from flexi_plugins.data import PruningPlan
 from flexi_plugins.digests import tensor_digest
+from flexi_plugins.evaluators.perplexity import Perplexity
+from flexi_plugins.execution.sweep import Sweeper
 from flexi_plugins.families.known import KNOWN
+from flexi_plugins.files import alone
 from flexi_plugins.models import known_config
 from flexi_plugins.plugins import KINDS, Plugins, own_knob
 from flexi_plugins.progress import Progress
@@ -83,6 +87,8 @@ OPTIONS = {  # a change here is a change of what users have written in their scr
         "--window",
         "--tokens",
         "--efficiency",
+        "-o",
+        "--output",
         "--data",
         "--dtype",
         "--device",
@@ -552,6 +558,68 @@ def test_eval_measures_a_model_and_a_plan_of_it(flexi: Flexi, model: Path, metho
     folder = flexi("eval", "--model", tmp_path / "pruned", *small, "--tasks", "", "--json")
     assert folder.json["measurements"][0]["value"] == pytest.approx(measured["value"], rel=1e-5)
     assert folder.json["failures"] == []
+
+
+def test_an_evaluation_with_an_output_goes_on_where_it_was(
+    flexi: Flexi, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "found.json"
+    given = ["eval", "--model", model, "--dtype", "float32", "--window", "64", "--tokens", "256", "--limit", "3"]
+    swept: list[int] = []
+    original, broken = Sweeper.sweep, [True]
+
+    def sweep(self: Sweeper, planned: Any, batches: Any, **options: Any) -> Any:
+        swept.append(sum(options["wanted"](g, 0) for g in range(len(batches))))
+        if len(swept) > 1 and broken[0]:
+            raise KeyboardInterrupt
+        return original(self, planned, batches, **options)
+
+    monkeypatch.setattr(Sweeper, "sweep", sweep)
+    stopped = flexi(*given, "-o", output)
+    assert stopped.status == 130
+    assert not output.exists()
+    broken[0] = False
+    whole = flexi(*given, "-o", output, "--json")
+    assert whole.status == 0, whole.err
+    assert len(swept) == 3, "perplexity once, the tasks twice"
+    found = json.loads(output.read_text())
+    assert found["measurements"] == whole.json["measurements"]
+    assert found["fingerprint"]
+    assert found["versions"]["torch"] == torch.__version__
+    assert [path.name for path in tmp_path.glob("found.json*")] == ["found.json"]
+    assert flexi(*given).out == flexi(*given, "-o", tmp_path / "again.json").out
+    taken = flexi(*given, "-o", output)
+    assert taken.status == 2
+    assert "exists already" in taken.err
+
+
+def test_what_an_evaluator_that_failed_left_is_where_it_says(
+    flexi: Flexi, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Any, request: Any) -> Any:
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(Perplexity, "evaluate", broken)
+    said = flexi("eval", "--model", model, "--tasks", "")
+    assert said.status == 1
+    file = re.search(r"evaluator 'perplexity' failed: RuntimeError: no such luck \(see (.*)\)", said.err)
+    assert file
+    assert "no such luck" in Path(file[1]).read_text()
+    shutil.rmtree(Path(file[1]).parents[1])
+
+
+@pytest.mark.parametrize("command", ["plan", "prune", "recover", "eval"])
+def test_one_process_at_a_time_makes_an_output(
+    flexi: Flexi, model: Path, method: list[str], tmp_path: Path, command: str
+) -> None:
+    kind = {"recover": "training", "eval": "eval"}.get(command, "search")
+    given = ["--model", model] if command == "eval" else method
+    given = [*given, *(["--method", "lora"] if command == "recover" else []), "-o", tmp_path / "made"]
+    with alone(tmp_path / f"made.{kind}"):
+        said = flexi(command, *given)
+    assert said.status == 2
+    assert f"made.{kind} is in use by process {os.getpid()}; wait for its end" in said.err
+    assert not list(tmp_path.glob("made*"))
 
 
 @pytest.mark.parametrize(

@@ -429,6 +429,17 @@ class ForgetsOne(Perplexity):
 
 
 @dataclass(frozen=True)
+class GivesUp(Perplexity):
+    """Ends the whole study for one candidate."""
+
+    def evaluate(self, request: EvaluationRequest) -> list[Outcome]:
+        found = list(super().evaluate(request))
+        if any(o.failure for o in found):
+            raise FlexiError("one of the models broke down")
+        return found
+
+
+@dataclass(frozen=True)
 class ReportsNan(Perplexity):
     """Calls NaN a result."""
 
@@ -586,6 +597,7 @@ BROKEN: list[tuple[str, Any, set[str], str]] = [  # kind, object, the checks tha
     ),
     ("recovery", TrainsAtRandom(), {"is-repeatable"}, "two runs with the same seed differ"),
     ("evaluator", ForgetsOne(), {"judges-every-candidate"}, "expected 3 outcomes, found 2"),
+    ("evaluator", GivesUp(), {"judges-every-candidate"}, "found a FlexiError, which ends a study: one of the models"),
     ("evaluator", ReportsNan(), {"judges-every-candidate"}, "expected a failure, found none"),
     ("corpus", SameText(), {"splits-do-not-overlap"}, "in both splits, such as 'one and the same"),
     ("report", FinishedOnly(), {"renders-every-study"}, "KeyError"),
@@ -783,6 +795,18 @@ class Overflowing(NoRecovery):
 
 
 @dataclass(frozen=True)
+class SharedOnly(NoRecovery):
+    """Relies on being asked about no plan that it refuses."""
+
+    def refuses(self, plan: PruningPlan) -> str | None:
+        return None if any(recipe.shares is not None for recipe in plan.blocks) else "no block shares weights"
+
+    def recover(self, request: RecoveryRequest) -> Recovered:
+        assert any(recipe.shares is not None for recipe in request.plan.blocks)
+        return super().recover(request)
+
+
+@dataclass(frozen=True)
 class Hooked(NoRecovery):
     """Learns something that is in no weight."""
 
@@ -863,6 +887,10 @@ def test_a_broken_recovery_is_caught(plugin: Any, checks: set[str], said: str, p
     found = failing("recovery", plugin, plugins)
     assert set(found) == checks, found
     assert re.search(said, next(iter(found.values())))
+
+
+def test_a_recovery_is_asked_about_no_plan_that_it_refuses(plugins: Plugins) -> None:
+    assert failing("recovery", SharedOnly(), plugins) == {}
 
 
 def test_every_check_of_recoveries_can_fail() -> None:

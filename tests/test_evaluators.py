@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import math
 import os
+import random
 import re
 import statistics
 import subprocess
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -307,7 +309,21 @@ def test_log_probabilities_are_asked_for_in_the_softmax_s_dtype(tokenizer: Any, 
         LmEval(softmax_dtype="float8").check()
 
 
-def test_lm_eval_is_left_as_it_was_found():
+def test_tasks_that_shuffle_are_loaded_with_the_random_numbers_of_stock_lm_eval(monkeypatch: pytest.MonkeyPatch):
+    drawn: list[tuple[float, float]] = []
+
+    def load(*_: Any) -> Any:
+        drawn.append((random.random(), float(np.random.rand())))
+        return {"tasks": {}, "groups": {}}
+
+    monkeypatch.setattr(harness, "_load", load)
+    states = random.getstate(), str(np.random.get_state())
+    harness.load_suite(["piqa", "boolq"], None, None, None, ignore)
+    assert (random.getstate(), str(np.random.get_state())) == states
+    assert drawn == [(random.Random(0).random(), float(np.random.RandomState(1234).rand()))] * 2
+
+
+def test_lm_eval_is_left_as_it_was_found(capsys: pytest.CaptureFixture[str]):
     import logging
 
     from lm_eval import utils
@@ -318,10 +334,12 @@ def test_lm_eval_is_left_as_it_was_found():
 
     before = state()
     with quiet():
+        print("bootstrapping for stddev: perplexity")
         assert utils.apply_template("{{a}}{{b}}", {"a": 1, "b": 2}) == "12"
         assert utils.env.from_string("{{a}}") is utils.env.from_string("{{a}}")
         assert state() != before
     assert state() == before
+    assert capsys.readouterr().out == ""
 
 
 # ------------------------------------------------------------------------------------------- numbers
@@ -466,6 +484,25 @@ def test_the_plugins_load_without_torch():
     imports = ", ".join(f"flexi_plugins.{module}" for module in modules)
     code = f"import sys, {imports}; sys.exit(bool({{'torch', 'lm_eval', 'datasets'}} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("judged", [False, True])
+def test_guessing_finds_one_of_several_right_choices_more_often(judged: bool):
+    """What a task judges by itself has no right choice that we know of, and so no chance either."""
+    choices = [" a", " b", " c", " d"]
+    own = {"process_results": lambda doc, results: {"acc": 0.25}} if judged else {}
+    task = inline("multiple_choice", TEXTS[:1], doc_to_choice=choices, doc_to_target=lambda doc: [0, 2], **own)
+    answers = [(-1.0, False), (-2.0, False), (-3.0, False), (-4.0, False)]
+    sample = {"doc": task.test_docs()[0], "doc_id": 0, "target": [0, 2], "filter": "none", "filtered_resps": answers}
+    rows = documents_of(task, [{**sample, "metrics": ["acc"], "acc": 1.0}])
+    results = {"results": {"inline": {"acc,none": 1.0}}, "higher_is_better": {"inline": {"acc": True}}}
+    found = by_name(measurements(results, {"inline": rows}))
+    assert found["inline_acc"].chance == (None if judged else 0.5)
+    assert ("inline_choice_logprob" in found) != judged
+    if not judged:
+        assert found["inline_choice_logprob"].chance == pytest.approx(-math.log(2))
+        logprobs = torch.tensor([a[0] for a in answers]).log_softmax(0)
+        assert found["inline_choice_logprob"].value == pytest.approx(float(logprobs[[0, 2]].logsumexp(0)), abs=1e-6)
 
 
 def test_a_label_that_is_no_choice_is_left_out_of_choice_logprob():

@@ -691,6 +691,7 @@ def test_the_closed_form_is_the_minimum(seed):
         assert objective(logs[0], logs[1] + step, v, e) > value
     assert saap.noise(v, e, "learned") == pytest.approx((s_v, s_e), rel=1e-4)
     assert saap.noise(1e-9 * v, 1e6 * e, "learned") == pytest.approx((1e-9 * s_v, 1e6 * s_e), rel=1e-4)
+    assert saap.noise(0 * v, 1e-25 * e, "learned") == pytest.approx((1e-30, 1e-25 * s_e), rel=1e-4)
 
 
 def request_of(found) -> PruningRequest:

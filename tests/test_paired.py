@@ -87,6 +87,15 @@ def test_perplexities_stand_as_their_ratio():
     assert row["boolq_acc %"] == "same"
 
 
+def test_the_perplexity_of_a_task_is_made_of_log_likelihoods():
+    """lm-eval's lambada: a document's number is a log-likelihood, and perplexity falls where it rises."""
+    name = "lambada_openai_perplexity"
+    rows = pd.DataFrame(
+        [{"task": "lambada_openai", "doc_id": i, "perplexity": -v} for i, v in enumerate((1.0, 2.0, 4.0))]
+    )
+    assert paired.scores_of(rows, [name])[name].tolist() == [1.0, 2.0, 4.0]
+
+
 def test_what_is_not_told_apart_is_marked():
     near = (record("flexigpt", "remove-blocks"), losses(0.0, 4), 1 - RIGHT)
     page = paired.render(pairs(MADE[2], near), "demo")

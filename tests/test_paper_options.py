@@ -6,14 +6,17 @@ import itertools
 import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
+from unittest import mock
 
 import pytest
 import torch
 from tiny import change, close, logits, opened, sharing, tiny, tokens
 
+from flexi_plugins.checkpoint import Checkpoint
 from flexi_plugins.data import BlockRecipe, Part, PruningPlan, Scores, Statistics
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.execution.sweep import Planned
+from flexi_plugins.generation import continuations
 from flexi_plugins.hookspecs import BlockTrace, LinearTrace
 from flexi_plugins.metrics import saap
 from flexi_plugins.metrics.come import CoMe
@@ -26,7 +29,7 @@ from flexi_plugins.strategies.remove_blocks import RemoveBlocks
 from flexi_plugins.strategies.remove_units import RemoveUnits
 from flexi_plugins.strategies.share_lora import GAINS, ShareLora, donor_distances
 from flexi_plugins.testing.bench import KnownScores, TinyPruner
-from flexi_plugins.testing.models import tiny_checkpoint, tiny_tokenizer
+from flexi_plugins.testing.models import tiny_checkpoint, tiny_config, tiny_model, tiny_tokenizer
 
 
 def pruner(kind: str = "llama-gqa-tied") -> TinyPruner:
@@ -112,6 +115,36 @@ def test_the_greedy_loop_by_chrf_removes_the_block_without_which_the_rest_writes
     paper = RemoveBlocks(blocks=3, progressive=True, protect_first=1, protect_last=1)
     assert own.plan(Greedy(measure="chrf"), paper, 0.0).blocks == plan.blocks
     assert own.plan(Greedy(), paper, 0.0).blocks != plan.blocks, "by the loss, others go"
+
+
+def test_what_is_written_is_written_in_the_compute_dtype():
+    """Of a model that is stored in bfloat16 and computed with in float32, what its float32 copy writes."""
+    checkpoint = Checkpoint.from_model(tiny_model(tiny_config("llama")).to(torch.bfloat16), Plugins.load().family)
+    own = TinyPruner(checkpoint, Plugins.load())
+    plan = PruningPlan.keep(checkpoint.shape, (0, 2, 4))
+    wide = build_model(plan, checkpoint, dtype=torch.float32)
+    written = continuations(wide, own.texts[0][:, :8], 8)
+    seen = []
+
+    def noting(model, *given):
+        seen.append((model.dtype, continuations(model, own.texts[0][:, :8], 8)))
+        return written
+
+    with mock.patch("flexi_plugins.generation.continuations", noting):
+        own.request(frozenset()).quality([plan], "chrf")
+    [(dtype, found)] = seen
+    assert dtype == torch.float32
+    assert torch.equal(found, written)
+
+
+def test_a_model_that_breaks_down_is_infinitely_bad_by_what_it_writes_too():
+    model = tiny_model(tiny_config("llama"))
+    model.model.layers[0].mlp.down_proj.weight.data[0, 0] = math.nan
+    own = TinyPruner(Checkpoint.from_model(model, Plugins.load().family), Plugins.load())
+    plans = [PruningPlan.keep(own.checkpoint.shape, kept) for kept in ((0, 2, 4), (1, 2, 4))]
+    broken, whole = own.request(frozenset()).quality(plans, "chrf")
+    assert broken == math.inf
+    assert math.isfinite(whole)
 
 
 def test_quality_by_turn_is_the_distance_of_the_last_blocks_output():

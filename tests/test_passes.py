@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -16,11 +18,41 @@ from flexi_plugins.execution.blocks import Blocks
 from flexi_plugins.execution.readout import Batch
 from flexi_plugins.execution.schedule import count_blocks
 from flexi_plugins.execution.sweep import Planned, Sweeper
+from flexi_plugins.hookspecs import ALL_BLOCKS, BlockTrace
 from flexi_plugins.pruner import Calibration, Pruner
 from flexi_plugins.strategies.concat_merge import ConcatMerge
 
 BLOCKS, BATCHES = 5, 2
 METRICS = ("flexigpt", "saap", "come")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """How many inputs of blocks in front a statistic sees, and the sum of the oldest."""
+
+    name: str
+    span: int
+    backward: ClassVar[bool] = False
+
+    def observe(self, trace: BlockTrace) -> dict[str, torch.Tensor]:
+        oldest = (*trace.before, trace.input)[0]
+        return {"count": torch.tensor([float(len(trace.before))]), "oldest": oldest.double().sum()[None]}
+
+    def finish(self, totals: dict[str, torch.Tensor], tokens: int) -> dict[str, torch.Tensor]:
+        return dict(totals)
+
+
+def test_a_statistic_sees_as_many_blocks_in_front_as_it_asks_for_whatever_others_see() -> None:
+    blocks = Blocks(opened(tiny("llama-tied")))
+    known = {s.name: s for s in (Inputs("two", 2), Inputs("all", ALL_BLOCKS))}
+    calibrators = [Calibrator(blocks, tokens(8, 16), tokens(3, 8), known) for _ in range(2)]
+    identity = Planned(PruningPlan.identity(blocks.checkpoint.shape))
+    together = calibrators[0].statistics(identity, {"two", "all"})
+    alone = calibrators[1].statistics(identity, {"two"})
+    batches = float(together["two"]["count"][1])
+    assert [float(c) for c in together["two"]["count"]] == [0.0, *[batches] * (BLOCKS - 1)]
+    assert [float(c) for c in together["all"]["count"]] == [batches * n for n in range(BLOCKS)]
+    assert together["two"]["oldest"] == alone["two"]["oldest"]
 
 
 @pytest.fixture

@@ -69,6 +69,15 @@ def test_a_strategy_of_the_paper_is_not_enough_unless_it_chooses_by_itself() -> 
     assert paired([replace(LINE, method="MKA")], record("none", "mka")) == [("MKA", "none x mka", 9.5, 12.5)]
 
 
+def test_another_version_of_a_model_is_another_model() -> None:
+    ours = [record("come", "concat-merge", model=f"lmsys/vicuna-7b-v1.{n}") for n in (3, 5)]
+    found = side_by_side(store.rows(ours), [replace(LINE, model="vicuna-7b-v1.5")], PAPERS)
+    assert len(found) == 1
+    assert len(side_by_side(store.rows(ours[:1]), [replace(LINE, model="vicuna-7b-v1.5")], PAPERS)) == 0
+    renamed = record("come", "concat-merge", model="NousResearch/Llama-2-7b-hf@main")
+    assert len(side_by_side(store.rows([renamed]), [LINE], PAPERS)) == 1
+
+
 def test_a_variant_that_names_no_counterpart_is_not_its_method() -> None:
     names = ("LLM-Pruner Element1", "LLM-Pruner Random", "LLM-Pruner", "Taylor+", "Taylor", "Taylor (Taylor+)")
     variants = [replace(LINE, method=m) for m in names]
@@ -192,7 +201,7 @@ def test_the_page_has_both_numbers_in_one_line_in_the_order_of_the_file_and_no_r
     assert table[2][-1] == "window differs |"
     assert "rank" not in text.lower().replace("not\n  ranked", "")
     assert "## Llama-2-7B, ratio 0.2, recovery none" in text
-    assert "- published, and not in this study: Llama-2-7B CoMe 0.3 (none), Llama-2-7B SLEB 0.2 (none)" in text
+    assert "- published, and without a number of ours beside it: Llama-2-7B CoMe 0.3 (none), Llama-2-7B SLEB 0.2 (none)" in text
     assert "OPT" not in text, "models that the study has not are left out"
 
 

@@ -21,7 +21,8 @@ from flexi_plugins.evaluators import harness
 from flexi_plugins.hookspecs import Budget
 from flexi_plugins.models import known_config
 from flexi_plugins.plugins import Plugins, incompatible, options_json, own_knob
-from flexi_plugins.pruner import count_only, refusal
+from flexi_plugins.pruner import count_only
+from flexi_plugins.recovery.refusal import refusal
 from flexi_plugins.reports.published import read_published, side_by_side
 from flexi_plugins.studyfile import StudyFile, read_study
 

@@ -17,7 +17,7 @@ from flexi_plugins import hookimpl, recovered
 from flexi_plugins.cli import recover
 from flexi_plugins.corpora.python_docs import PythonDocs
 from flexi_plugins.corpora.training import training_text
-from flexi_plugins.corpora.windows import token_windows
+from flexi_plugins.corpora.windows import overlapping, token_windows
 from flexi_plugins.data import BlockRecipe, Part, PruningPlan
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.execution import blocks
@@ -26,7 +26,7 @@ from flexi_plugins.execution.schedule import count_blocks
 from flexi_plugins.execution.sweep import Planned
 from flexi_plugins.hookspecs import IGNORED, Recovered, RecoveryMethod, RecoveryRequest
 from flexi_plugins.plugins import Plugins
-from flexi_plugins.pruner import Calibration, Pruner, Training
+from flexi_plugins.pruner import Pruner, Training
 from flexi_plugins.recovered import planned_of
 from flexi_plugins.rewrite import build_model, write_checkpoint
 from flexi_plugins.studyfile import TrainingTable
@@ -264,10 +264,10 @@ def test_text_to_train_on_and_text_to_choose_by_share_no_window_and_are_not_what
 def test_windows_of_calibration_are_trained_on_before_they_choose_a_state(own: TinyPruner) -> None:
     setting = Training(length=16, tokens=160, held_out=5)
     text, held_out, found = own.training_texts(setting)
-    own.texts = torch.cat([held_out.ids[1:3], text.ids[:1]]), held_out.ids, ""
-    for length in (8, 16):  # of windows of another length nobody can say which they share
+    windows = torch.cat([held_out.ids[1:3], text.ids[:1]])
+    for length in (8, 16):  # of such short pieces nobody can say where they stand
         own._texts.clear()
-        own.calibration = Calibration(length=length)
+        own.texts = windows[:, :length], held_out.ids, ""
         again, chosen, other = own.training_texts(setting)
         assert (other == found) == torch.equal(chosen.ids, held_out.ids) == (length == 8)
     assert torch.equal(chosen.ids, torch.cat([held_out.ids[[0, 3, 4]], text.ids[1:3]]))
@@ -278,14 +278,27 @@ def test_it_is_said_where_only_windows_of_calibration_are_left_to_choose_by(
     own: TinyPruner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setting, said = Training(length=16, tokens=0, held_out=5), []
-    own.calibration = Calibration(length=8)
-    own.texts = own.training_texts(setting)[1].ids[:2], torch.zeros(1, 1), ""
-    own._texts.clear()
-    own.calibration = Calibration(length=16)
+    windows = own.training_texts(setting)[1].ids[:2]
     monkeypatch.setattr(own.progress, "say", said.append)
-    own.training_texts(setting)
-    assert len(said) == 1
-    assert said[0].startswith("training: 2 of 5 windows that decide which state is kept are windows of calibration")
+    for length, begin in (
+        (16, "training: 2 of 5 windows that decide which state is kept are windows of calibration"),
+        (8, "training: which windows of 16 tokens share some with those of calibration"),
+    ):
+        own.texts = windows[:, :length], torch.zeros(1, 1), ""
+        own._texts.clear()
+        said.clear()
+        own.training_texts(setting)
+        assert len(said) == 1
+        assert said[0].startswith(begin)
+
+
+@pytest.mark.parametrize(("length", "other"), [(16, 48), (48, 16), (32, 48), (32, 32)])
+def test_windows_of_one_text_that_share_tokens_are_known(length: int, other: int) -> None:
+    text = torch.arange(960)
+    windows, others = text.view(-1, length), text.view(-1, other)[[2, 7]]
+    shared = {i for i, row in enumerate(windows) if set(row.tolist()) & set(others.flatten().tolist())}
+    assert overlapping(windows, others) == shared
+    assert overlapping(windows, text.view(-1, 40)) is None
 
 
 def test_it_is_said_where_a_plan_was_calibrated_on_other_windows_of_the_text(
@@ -295,6 +308,7 @@ def test_it_is_said_where_a_plan_was_calibrated_on_other_windows_of_the_text(
     setting, said = Training(length=16, tokens=64, held_out=2), []
     plan = own.plan("flexigpt", "remove-blocks", 0.2)
     assert plan.origin["calibration"].items() >= {"corpus": "python-docs", "seed": 0, "windows": 16}.items()
+    own.texts = torch.zeros(1, 16, dtype=torch.long), *own.texts[1:]
     monkeypatch.setattr(own.progress, "say", said.append)
     own.recover(plan, "nudge", setting, tmp_path / "a")
     assert said == []

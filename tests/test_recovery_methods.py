@@ -10,7 +10,8 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,11 +21,13 @@ from torch import nn
 
 from flexi_plugins.data import BlockRecipe, Family, Part, PruningPlan
 from flexi_plugins.errors import FlexiError
-from flexi_plugins.hookspecs import Recovered, RecoveryMethod
+from flexi_plugins.hookspecs import Recovered, RecoveryMethod, RecoveryRequest
 from flexi_plugins.recovery.adapters import Adapters
 from flexi_plugins.recovery.copies import replaced, stochastically_rounded, trainable, working_copy
+from flexi_plugins.recovery.course import course_of
 from flexi_plugins.recovery.full import Full
 from flexi_plugins.recovery.lora import Lora, add_lora, linear_maps, merged, output_gains, own_adapters
+from flexi_plugins.recovery.none import NoRecovery
 
 IDS = tokens(3, 10)
 QUICK: dict[str, Any] = {"batch_tokens": STEP, "learning_rate": 5e-3, "schedule": "constant", "warm_up": 0.0}
@@ -172,6 +175,28 @@ def test_updates_smaller_than_a_step_arrive_on_the_average(dtype: torch.dtype, s
     held = torch.randn(1000).to(dtype)
     assert torch.equal(stochastically_rounded(held.float(), dtype, 0), held)
     assert torch.equal(stochastically_rounded(old, torch.float32, 0), old)
+
+
+def test_a_method_that_trains_nothing_says_so() -> None:
+    found = NoRecovery().recover(cast(RecoveryRequest, SimpleNamespace(model=nn.Linear(2, 2))))
+    said = {"method": "none", "facts": found.facts, "training": {"tokens": 24_576}, "curve": (), "notes": ()}
+    assert course_of(said) == "recovered by none without training"
+
+
+def test_lora_without_maps_is_refused_beforehand() -> None:
+    with pytest.raises(FlexiError, match="lora: maps is empty, expected some of query, key, value"):
+        Lora(maps=()).check()
+
+
+def test_of_the_smallest_float16_numbers_too_the_mean_is_the_value() -> None:
+    step = 2.0**-24
+    values = torch.tensor([3.0013e-5, -3.0013e-5, 1.4 * step, 0.1 * step]).repeat_interleave(20_000)
+    found = stochastically_rounded(values, torch.float16, 0).float()
+    means = found.view(4, -1).double().mean(1)
+    assert (means - values.view(4, -1)[:, 0]).abs().max() < 0.02 * step
+    assert (found - values).abs().max() <= step
+    held = (torch.arange(-3000, 3000) * step).half()
+    assert torch.equal(stochastically_rounded(held.float(), torch.float16, 0), held)
 
 
 def test_a_small_update_of_a_bfloat16_model_is_not_lost(tmp_path: Path) -> None:

@@ -161,6 +161,46 @@ def test_options_tell_rows_apart_and_are_not_taken_for_seeds():
     assert "- strategy concat-merge: pairs own" in page
 
 
+def test_what_is_unusual_among_the_rows_of_a_strategy_is_said():
+    """By whichever metric: a reader would else take what an option does for what the metric does."""
+    made = [
+        record(metric, "remove-blocks", options={"strategy": {"progressive": value, "blocks": None}})
+        for metric, value in (("come", False), ("saap", False), ("greedy", True))
+    ]
+    page = markdown([dense(), *made])
+    rows = {r["metric"]: r["variant"] for r in table(page, "Quality at ratio 0.2")[1:]}
+    assert rows == {"come": "", "saap": "", "greedy": "progressive=true"}
+    assert "- strategy remove-blocks: blocks null; where nothing else is said progressive false\n" in page
+
+
+def test_methods_whose_options_set_the_size_stand_with_those_of_about_their_size():
+    def sized(metric, blocks, perplexity):
+        made = record(metric, "remove-blocks", ratio=0.0, perplexity=perplexity)
+        return replace(made, plan=PruningPlan.keep(SHAPE, range(blocks)))
+
+    page = markdown([dense(), sized("come", 8, 60.0), sized("saap", 8, 50.0), sized("come", 5, 900.0)])
+    whole = SHAPE.parameters
+    small, large = (round(1 - PruningPlan.keep(SHAPE, range(n)).stored_parameters / whole, 1) for n in (8, 5))
+    rows = table(page, f"Quality at sizes that options set, about {small:g} gone")
+    assert [(r["#"], r["metric"], r["ratio"]) for r in rows] == [
+        ("", "**dense**", ""),
+        ("1", "saap", ""),
+        ("2", "come", ""),
+    ]
+    assert [r["#"] for r in table(page, f"Quality at sizes that options set, about {large:g} gone")] == ["", "1"]
+
+
+def test_perplexities_are_known_by_a_word_of_their_names():
+    names = [
+        "wikitext2_ppl@2048",
+        "ppl",
+        "lambada_word_perplexity",
+        "include_base_44_applied_science_acc",
+        "supplies_acc",
+    ]
+    assert ranking.perplexities(names) == names[:3]
+
+
 def trained(metric, strategy, perplexity, notes=(), facts=None, **options):
     curve = [{"tokens": 0, "held_out_loss": 3.0}, {"tokens": 64, "held_out_loss": 2.0}]
     said = {"method": "lora", "training": {"tokens": 64}, "notes": list(notes), "curve": curve, "facts": facts or {}}
@@ -258,7 +298,7 @@ def test_a_budget_that_was_not_used_is_named_but_for_what_fills_no_window(traine
     after = trained("come", "remove-units", 45.0, facts={"trained_tokens": trained_tokens})
     after.plan.origin["recovery"]["training"] = {"tokens": 70, "length": 16}
     page = markdown([dense(), record("come", "remove-units", perplexity=50.0), after])
-    told = f"was trained on fewer tokens than it was to be: {trained_tokens} of 64 tokens"
+    told = f"was not trained as it was to be: {trained_tokens} of 64 tokens"
     assert (told in page) == named
 
 
@@ -271,9 +311,7 @@ def test_a_training_that_was_stopped_is_named_although_it_helped():
     plain = record("come", "remove-units", perplexity=50.0)
     note = f"lora: {STOPPED} 32 of 64 tokens, where the training loss was not finite"
     page = markdown([dense(), plain, trained("come", "remove-units", 45.0, [note], {"trained_tokens": 32})])
-    assert (
-        f"- **Note:** come x remove-units x lora at 0.2 was trained on fewer tokens than it was to be: {note}" in page
-    )
+    assert f"- **Note:** come x remove-units x lora at 0.2 was not trained as it was to be: {note}" in page
     assert "fewer tokens" not in markdown([dense(), plain, trained("come", "remove-units", 45.0)])
 
 

@@ -603,6 +603,16 @@ def test_what_lies_beside_the_weights_is_copied(tmp_path):
     }
 
 
+def test_a_checkpoint_of_several_dtypes_is_built_in_that_of_its_embedding():
+    model = tiny().to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data = parameter.data.float()
+    made = built(PruningPlan.keep(opened(model).shape, [0, 1, 3]), model)
+    assert {parameter.dtype for parameter in made.parameters()} == {torch.bfloat16}
+    assert bool(logits(made, tokens()).isfinite().all())
+
+
 # ---------------------------------------------------------------------------------------- what goes wrong
 
 

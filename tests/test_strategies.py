@@ -12,17 +12,20 @@ from tiny import built, close, logits, opened, sharing, tiny, tokens
 from torch import Tensor
 from torch.nn import functional as F
 
-from flexi_plugins.budget import check_reach, lowest, priorities, smallest
+from flexi_plugins.budget import check_reach, lowest, priorities, rounded_down, smallest
 from flexi_plugins.data import BlockShape, ModelShape, Part, PruningPlan, Scores, Statistics
 from flexi_plugins.errors import FlexiError, OutOfReach
 from flexi_plugins.execution.sweep import Planned
+from flexi_plugins.families.llama import FAMILIES
 from flexi_plugins.hookspecs import Budget, PruningRequest, TensorRequest
 from flexi_plugins.modeling import FlexiForCausalLM
+from flexi_plugins.models import known_config
 from flexi_plugins.pruner import Pruner, count_only
 from flexi_plugins.recovery.correspondence import correspondences
 from flexi_plugins.rewrite import with_digests
 from flexi_plugins.strategies import share_lora
 from flexi_plugins.strategies.concat_merge import ConcatMerge
+from flexi_plugins.strategies.least_squares_merge import LeastSquaresMerge
 from flexi_plugins.strategies.remove_blocks import RemoveBlocks
 from flexi_plugins.strategies.remove_units import RemoveUnits
 from flexi_plugins.strategies.share_lora import ShareLora
@@ -699,12 +702,48 @@ def test_the_declared_reach_is_reached_and_no_more(strategy):
     shape = shape_of(9)
     reach = strategy.reach(shape)
     assert 0 < reach < 1
-    assert count_only(shape, strategy, reach - 1e-9).ratio >= reach - 1e-9
+    said = rounded_down(reach)
+    assert reach - 1e-4 < float(said) <= reach
+    for ratio in (reach, reach - 1e-9, float(said)):
+        assert count_only(shape, strategy, ratio).ratio >= ratio - 1e-12
     for ratio in (reach + 1e-4, 0.0, 1.0, -0.5, 1.5):
-        with pytest.raises(OutOfReach, match=f"up to {reach:.4f}"):
+        with pytest.raises(OutOfReach, match=f"up to {said}"):
             count_only(shape, strategy, ratio)
-        with pytest.raises(OutOfReach, match=f"up to {reach:.4f}"):
+        with pytest.raises(OutOfReach, match=f"up to {said}"):
             strategy.plan(request_of(shape, ratio))
+
+
+@pytest.mark.parametrize("model", ["huggyllama/llama-7b", "meta-llama/Llama-3.1-8B"])
+@pytest.mark.parametrize("strategy", [ConcatMerge(), RemoveBlocks(), RemoveUnits(), ShareLora()], ids=repr)
+def test_the_very_reach_is_reached_whatever_floats_make_of_it(model, strategy):
+    config = known_config(model)
+    shape = FAMILIES[config.model_type].shape(config)
+    assert count_only(shape, strategy, strategy.reach(shape)).stored_parameters < shape.parameters
+
+
+def test_a_floor_of_more_heads_than_there_are_keeps_them_all():
+    shape = shape_of(heads=3)
+    scores = random_scores(shape)
+    lowest_heads = replace(scores, attention=tuple(h - 100 for h in scores.attention))
+    for floor in (3, 4, 5, 9):
+        plan = RemoveUnits(min_heads=floor).plan(request_of(shape, 0.1, scores=lowest_heads))
+        assert all(block.kv_heads == 3 for block in plan.new_shape.blocks)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "said"),
+    [
+        (RemoveUnits(multiple=0), "multiple = 0, min_heads = 1: expected a multiple of at least 1"),
+        (RemoveUnits(min_heads=-1), "min_heads = -1"),
+        (RemoveBlocks(protect_first=-1), "protect_first = -1, protect_last = 0: expected 0 or more"),
+        (LeastSquaresMerge(protect_last=-1), "protect_last = -1: expected 0 or more"),
+        (ConcatMerge(floor=1.5), r"floor = 1\.5, expected 0\.\.1"),
+    ],
+    ids=repr,
+)
+def test_numbers_that_no_option_can_have_are_refused(strategy, said):
+    with pytest.raises(FlexiError, match=said):
+        strategy.plan(request_of(shape_of(), 0.1, scores=random_scores(shape_of())))
 
 
 def test_budget_helpers():

@@ -13,10 +13,12 @@ import torch
 from studies import make_study, plugins_with, run_study, values
 from torch import nn
 
-from flexi_plugins.data import PruningPlan
+from flexi_plugins.data import BlockShape, ModelShape, PruningPlan
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.hookspecs import Recovered, RecoveryRequest
-from flexi_plugins.pruner import Pruner
+from flexi_plugins.plugins import Plugins
+from flexi_plugins.pruner import Pruner, count_only
+from flexi_plugins.recovery.refusal import refusal
 from flexi_plugins.reports import ranking
 from flexi_plugins.store import rows
 from flexi_plugins.studyfile import read_study
@@ -322,6 +324,21 @@ def test_distillation_after_each_merge_goes_on_with_the_trained_model(model: Pat
     assert end.measurements[0].value != each.measurements[0].value
 
 
+@pytest.mark.parametrize("refused", [True, False])
+def test_merges_of_merged_blocks_are_refused_where_each_is_trained(refused: bool) -> None:
+    plugins = Plugins.load()
+    method = plugins.get("recovery", "distill", {"when": "each"})
+    merges = plugins.get("strategy", "concat-merge", {"repeat": refused, "merges": 2})
+    plan = count_only(ModelShape((BlockShape(2, 1, 8, 16),) * 6, hidden=16, vocabulary=32, tied=True), merges, 0.0)
+    reason = refusal(method, plan, merges)
+    assert (reason is not None) == refused
+    assert (
+        not refused
+        or "concat-merge with these options merges a block again that was merged and trained before" in reason
+    )
+    assert refusal(plugins.get("recovery", "distill"), plan, merges) is None
+
+
 def test_a_training_that_was_stopped_is_named_in_the_leaderboard(model: Path, text: Path, tmp_path: Path) -> None:
     """Whatever became of the perplexity: its row is of fewer tokens than the others."""
     wild = '{ name = "lora", learning_rate = 100.0, batch_tokens = 32, divergence = 1.01 }'
@@ -330,7 +347,7 @@ def test_a_training_that_was_stopped_is_named_in_the_leaderboard(model: Path, te
     assert {r.status for r in records} == {"complete"}
     page = (tmp_path / "run" / "LEADERBOARD.md").read_text()
     said = "lora: training was stopped after 32 of 64 tokens, where the held-out loss went from "
-    assert f"come x remove-blocks x lora at 0.2 was trained on fewer tokens than it was to be: {said}" in page
+    assert f"come x remove-blocks x lora at 0.2 was not trained as it was to be: {said}" in page
     assert page.count("was trained on fewer tokens") == 1
 
 

@@ -157,6 +157,35 @@ def test_a_study_file_of_the_wrong_form_is_told_so(tmp_path: Path, content: str,
     assert problem in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        (
+            'evaluator = "lm-eval"\ntasks = ["piqa"]',
+            'evaluator = "lm-eval"\ntasks = ["boolq", "piqa"]',
+            "lm-eval measures piqa",
+        ),
+        (
+            'evaluator = "perplexity"\ntokens = 512',
+            'evaluator = "perplexity"\ntokens = 1024',
+            "perplexity measures python-docs",
+        ),
+        ('evaluator = "perplexity"\nwindow = 128', 'evaluator = "perplexity"\nwindow = 256', ""),
+        ('evaluator = "lm-eval"\ntasks = ["piqa"]', 'evaluator = "lm-eval"\ntasks = ["boolq"]', ""),
+    ],
+)
+def test_what_would_be_measured_twice_by_one_name_is_refused(
+    tmp_path: Path, first: str, second: str, said: str
+) -> None:
+    study = 'name = "s"\nmodel = "smollm2-135m"\nmetrics = ["come"]\nstrategies = ["remove-blocks"]\nratios = [0.2]\n'
+    content = f"{study}\n[[evaluation]]\n{first}\n\n[[evaluation]]\n{second}\n"
+    if not said:
+        assert len(read(content, tmp_path / "s.toml").evaluation) == 2
+        return
+    with pytest.raises(FlexiError, match=f"evaluation: {said} twice, with other options and by one name; put one of"):
+        read(content, tmp_path / "s.toml")
+
+
 def test_pairs_stand_beside_the_grid(tmp_path: Path) -> None:
     content = """
         name = "x"

@@ -115,6 +115,15 @@ def test_two_lines_check_it(site: Path, tmp_path: Path) -> None:
     assert "no distribution with an entry point flexi_plugins is installed" in done.stdout
 
 
+def test_a_module_without_anything_to_check_is_an_error(tmp_path: Path) -> None:
+    """A model family has no checks; one test that is skipped would look like a check that passed."""
+    file = tmp_path / "test_example.py"
+    file.write_text('import pytest\n\n@pytest.mark.flexi("flexi_plugins.families.llama")' + TWO_LINES)
+    done = run(SOURCE, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", str(file))
+    assert done.returncode != 0
+    assert "flexi_plugins.families.llama has nothing to check" in done.stdout
+
+
 def test_a_module_that_is_not_installed_is_named_by_a_marker(tmp_path: Path) -> None:
     file = tmp_path / "test_example.py"
     file.write_text('import pytest\n\n@pytest.mark.flexi("flexi_example_metric")' + TWO_LINES)

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from flexi_plugins.data import PruningPlan
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.hookspecs import RecoveryRequest, TrainingText
+from flexi_plugins.machine import Machine, take_own_gpu
 from flexi_plugins.recovery.copies import replaced, trainable, working_copy
 from flexi_plugins.recovery.monitor import Loss, Monitor, Trained
-from flexi_plugins.recovery.options import Steps, TrainingOptions, rate
+from flexi_plugins.recovery.options import Steps, TrainingOptions, rate, unfit
 from flexi_plugins.recovery.training import next_token_loss, train
 
 LENGTH = 12
@@ -277,6 +278,41 @@ def test_steps_are_counted_by_hand(options: dict[str, Any], processes: int, expe
     assert found.total == -(-100 // per_step)
     assert found.tokens(1) == per_step * 16
     assert found.tokens(found.total) == 1600
+
+
+def test_a_step_of_other_tokens_than_asked_for_is_noted(tmp_path: Path) -> None:
+    _, trained = learn(ask(tmp_path / "exact"), FAST)
+    assert trained.facts["batch_tokens"] == STEP
+    assert trained.notes == ()
+    _, trained = learn(ask(tmp_path / "more"), replace(FAST, batch_tokens=5))
+    assert trained.facts["batch_tokens"] == LENGTH
+    (note,) = trained.notes
+    assert note.startswith("test: a step is of 12 tokens in the place of 5, windows of 12 being whole on each of 1 ")
+
+
+def test_a_process_of_several_has_a_gpu_and_a_share_of_the_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    alone = Machine("cpu").budget()[0]
+    take_own_gpu()
+    assert taken == [], "without torchrun"
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    take_own_gpu("cpu")
+    assert taken == []
+    take_own_gpu()
+    assert taken == [1]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(
+        FlexiError, match=r"process 2 of this machine has no GPU of its own, there are 2; start as many"
+    ):
+        take_own_gpu("cuda")
+    assert list(unfit("cuda", "bfloat16")) == []
+    assert "expected 'cuda', of which each has its own" in next(unfit("cuda:0", "bfloat16"))
+    assert Machine("cpu").budget()[0] < alone / 2
 
 
 def test_the_curve_holds_means_over_the_tokens_since_the_last_point(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 
 from flexi_plugins.data import ModelShape, PruningPlan
+from flexi_plugins.errors import OutOfReach
 
 STEPS = 1000  # a ratio is met by the smallest fraction of so many that meets it
 
@@ -23,9 +24,13 @@ def saved(shape: ModelShape, fraction: float) -> int:
 
 
 def least_fraction(shape: ModelShape, excess: int) -> float:
-    """Return the smallest fraction by which so many parameters go; some fraction does that."""
+    """Return the smallest fraction by which so many parameters go; raise where there is none."""
     steps = [step / STEPS for step in range(1, STEPS)]
-    return steps[bisect_left(steps, excess, key=lambda fraction: saved(shape, fraction))]
+    place = bisect_left(steps, excess, key=lambda fraction: saved(shape, fraction))
+    if place == len(steps):
+        reach = saved(shape, steps[-1]) / shape.parameters
+        raise OutOfReach(f"equal shares: ratio {excess / shape.parameters:g} is out of reach; it goes up to {reach:g}")
+    return steps[place]
 
 
 def to_do(plan: PruningPlan, fraction: float) -> list[int]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from flexi_baselines.laco_walk import Walk
-from flexi_plugins.budget import check_reach
+from flexi_plugins.budget import check_reach, rounded_down
 from flexi_plugins.data import BlockRecipe, ModelShape, PruningPlan
 from flexi_plugins.errors import OutOfReach
 from flexi_plugins.hookspecs import Budget, PruningRequest, ReplacementStrategy, TensorRequest, hookimpl
@@ -77,7 +77,7 @@ class LaCo:
                 return replace(plan, origin={"notes": [f"T = {threshold:.6f}"]})
             if not rejected or max(rejected) <= -1.0:  # of none, or of a model that breaks down
                 raise OutOfReach(
-                    f"{self.name}: ratio {budget.ratio:g} is out of reach; it reaches up to {plan.ratio:.4f}"
+                    f"{self.name}: ratio {budget.ratio:g} is out of reach; it reaches up to {rounded_down(plan.ratio)}"
                 )
             threshold = math.nextafter(max(rejected), -math.inf)
 

@@ -50,6 +50,7 @@ class Mka:
     knobs: ClassVar[tuple[str, ...]] = ("merges",)
     needs: ClassVar[frozenset[str]] = frozenset({"sequence-states"})
     wants: ClassVar[frozenset[str]] = frozenset()
+    retakes: ClassVar[bool] = True
 
     def reach(self, shape: ModelShape) -> float:
         """Return the ratio of merging all blocks behind the last one of other widths; all blocks if there is none."""
@@ -69,8 +70,7 @@ class Mka:
             return merged(shape, [0.5] * count)
         shares = self._shares(request, count)
         notes = [f"shares of the earlier block: {', '.join(f'{share:.4f}' for share in shares)}"]
-        rows = len(request.statistics["sequence-states"][self.states][0])
-        n, k = self._neighbours(rows)
+        n, k = self._neighbours(rows := len(request.statistics["sequence-states"][self.states][0]))
         if (n, k) != (self.n_neighbors, self.k_entropy):
             notes.append(f"n_neighbors = {n} and k_entropy = {k}, for there are {rows} calibration sequences")
         return replace(merged(shape, shares), origin={"notes": notes})

@@ -7,13 +7,17 @@ import math
 import random
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flexi_plugins.data import digest
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.hookspecs import Corpus
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 CHARACTERS_PER_TOKEN = 6  # a first guess of how much text to read
+SHORTEST_PIECE = 16  # tokens that no text has twice but where it repeats itself
 MARGIN = 64  # tokens beyond the wanted ones: the last ones of a cut text may be other ones in the whole
 
 
@@ -82,3 +86,17 @@ def _check(name: str, split: str, found: int, length: int, count: int) -> None:
             f"tokens), found {found} tokens; ask for at most {found // length} windows of this length, for shorter "
             "ones, or take a longer text (file:PATH)"
         )
+
+
+def overlapping(windows: Tensor, others: Tensor) -> set[int] | None:
+    """Return which of some windows, (windows, tokens) ids, share tokens with others of the same text; None: nobody can say.
+
+    Both begin at multiples of their lengths, so that they meet in whole pieces of the greatest common divisor; one that is
+    shorter than ``SHORTEST_PIECE`` may stand in a text several times.
+    """
+    piece = math.gcd(windows.shape[1], others.shape[1])
+    if piece < SHORTEST_PIECE:
+        return None
+    known = {tuple(row) for row in others.reshape(-1, piece).tolist()}
+    cut = windows.reshape(len(windows), -1, piece).tolist()
+    return {index for index, pieces in enumerate(cut) if not known.isdisjoint(map(tuple, pieces))}

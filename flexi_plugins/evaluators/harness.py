@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -101,11 +103,27 @@ def load_suite(
     tasks: dict[str, BuiltTask] = {}
     groups: dict[str, Any] = {}
     for name in names:
-        loaded = _load(manager, name, data, num_fewshot)
-        tasks |= {key: _build(task, limit, num_fewshot) for key, task in loaded["tasks"].items()}
+        with _seeded():
+            loaded = _load(manager, name, data, num_fewshot)
+            tasks |= {key: _build(task, limit, num_fewshot) for key, task in loaded["tasks"].items()}
         groups |= {key: group for key, group in loaded["groups"].items() if name not in LOCAL}
         advance(1)
     return Suite(tasks, groups)
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Within: the random numbers that ``lm_eval.simple_evaluate`` sets; some tasks shuffle their choices with them."""
+    import numpy as np
+
+    states = random.getstate(), np.random.get_state()
+    random.seed(0)
+    np.random.seed(1234)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 @cache

@@ -40,7 +40,12 @@ def _document(task: Any, sample: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _choices(task: Any, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the summed log-probability of each choice, and of the right one among them."""
+    """Return the summed log-probability of each choice, and of the right ones among them, by chance too.
+
+    Nothing of a task with a judgement of its own (truthfulqa_mc2's targets say of every choice whether it is true).
+    """
+    if callable(getattr(task.config, "process_results", None)):
+        return {}
     choices = task.doc_to_choice(sample["doc"])
     target = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
     right = _right(choices, target if _several(target) else [target])
@@ -51,6 +56,7 @@ def _choices(task: Any, sample: Mapping[str, Any]) -> dict[str, Any]:
         "target": right[0],
         "logprobs": logprobs,
         "choice_logprob": _log_sum([logprobs[i] for i in right]) - _log_sum(logprobs),
+        "chance": len(set(right)) / len(choices),
     }
 
 
@@ -86,17 +92,17 @@ def measurements(results: Mapping[str, Any], documents: Mapping[str, Sequence[Ma
     found: list[Measurement] = []
     for name, metrics in results["results"].items():
         rows = [row for row in documents.get(name, ()) if "choice_logprob" in row]
-        counts = [len(row["logprobs"]) for row in rows]
-        found += _metrics(name, metrics, results["higher_is_better"].get(name, {}), counts)
+        chances = [row["chance"] for row in rows]
+        found += _metrics(name, metrics, results["higher_is_better"].get(name, {}), chances)
         if rows:
-            found.append(_choice_logprob(name, [row["choice_logprob"] for row in rows], counts))
+            found.append(_choice_logprob(name, [row["choice_logprob"] for row in rows], chances))
     return [*found, *_average(found)]
 
 
 def _metrics(
-    name: str, metrics: Mapping[str, Any], higher: Mapping[str, Any], counts: Sequence[int]
+    name: str, metrics: Mapping[str, Any], higher: Mapping[str, Any], chances: Sequence[float]
 ) -> list[Measurement]:
-    """Return the measurements that lm-eval's ``metric,filter`` entries are; ``counts`` are the numbers of choices."""
+    """Return the measurements that lm-eval's ``metric,filter`` entries are; chances: of guessing each document right."""
     found = []
     for key, value in metrics.items():
         metric, comma, rule = key.partition(",")
@@ -108,15 +114,15 @@ def _metrics(
                     value=float(value),
                     higher_is_better=higher.get(metric) is not False,
                     standard_error=float(error) if isinstance(error, int | float) else None,
-                    chance=statistics.fmean(1 / n for n in counts) if counts and metric.startswith("acc") else None,
+                    chance=statistics.fmean(chances) if chances and metric.startswith("acc") else None,
                 )
             )
     return found
 
 
-def _choice_logprob(name: str, values: Sequence[float], counts: Sequence[int]) -> Measurement:
+def _choice_logprob(name: str, values: Sequence[float], chances: Sequence[float]) -> Measurement:
     error = standard_error(values) if len(values) > 1 else None
-    chance = statistics.fmean(-math.log(n) for n in counts)
+    chance = statistics.fmean(map(math.log, chances))
     return Measurement(f"{name}_choice_logprob", statistics.fmean(values), True, error, chance)
 
 

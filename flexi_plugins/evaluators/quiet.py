@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
+import io
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import Any
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within: lm-eval logs errors only, draws no bars of its own, and compiles each of its templates once."""
+    """Within: lm-eval logs errors only, prints and draws nothing, and compiles each of its templates once."""
     import datasets
     from lm_eval import utils
     from lm_eval.api import task
@@ -22,6 +23,7 @@ def quiet() -> Iterator[None]:
         stack.enter_context(_replaced(utils, "env", templates))
         stack.enter_context(_replaced(task, "tqdm", lambda rows, **_: rows))
         stack.enter_context(_log_level("lm_eval", logging.ERROR))
+        stack.enter_context(redirect_stdout(io.StringIO()))  # where what a command gives goes, as JSON maybe
         if not datasets.are_progress_bars_disabled():
             datasets.disable_progress_bars()
             stack.callback(datasets.enable_progress_bars)

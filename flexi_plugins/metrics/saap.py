@@ -204,7 +204,7 @@ def noise(vector: Tensor, element: Tensor, how: Literal["closed", "learned"] = "
     if how == "closed":
         return float(means[0]), float(means[1])
     with torch.inference_mode(False), torch.enable_grad():
-        logs = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        logs = (means.log() + 1).requires_grad_()  # near enough for scores of any scale
         optimiser = torch.optim.LBFGS([logs], max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
 
         def loss() -> Tensor:

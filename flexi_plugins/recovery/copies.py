@@ -68,7 +68,12 @@ def stochastically_rounded(values: Tensor, dtype: torch.dtype, seed: int) -> Ten
         return values
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randint(2**dropped, values.shape, generator=generator, dtype=torch.int32).to(values.device)
-    return ((values.view(torch.int32) + noise) & -(2**dropped)).view(torch.float32).to(dtype)
+    rounded = ((values.view(torch.int32) + noise) & -(2**dropped)).view(torch.float32)
+    if dtype == torch.float16:  # whose smallest numbers are all as far apart, bfloat16's are beyond what weights are
+        step = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+        small = torch.floor(values / step + noise / 2**dropped) * step
+        rounded = torch.where(values.abs() < torch.finfo(dtype).smallest_normal, small, rounded)
+    return rounded.to(dtype)
 
 
 def _copied(model: nn.Module, parameter: Callable[[str, Tensor], Tensor], trained: Collection[str] = ()) -> nn.Module:

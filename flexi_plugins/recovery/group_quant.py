@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from flexi_plugins.data import Family
+from flexi_plugins.data import Family, PruningPlan
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.hookspecs import Recovered, RecoveryMethod, RecoveryRequest, hookimpl
 from flexi_plugins.recovery.copies import replaced, seed_of, working_copy
@@ -197,15 +197,22 @@ def _stored(
         "bits_per_weight": 8 * size / count,
         "stored_bytes": size + sum(p.numel() * p.element_size() for p in others),
     }
-    return Recovered(model, trained.curve, facts, (*trained.notes, *_notes(method, model, packed, facts)))
+    return Recovered(model, trained.curve, facts, (*trained.notes, *_notes(method, request.plan, model, packed, facts)))
 
 
-def _notes(method: Method, model: nn.Module, packed: Mapping[str, Packed], facts: Mapping[str, float]) -> Iterator[str]:
+def _notes(
+    method: Method, plan: PruningPlan, model: nn.Module, packed: Mapping[str, Packed], facts: Mapping[str, float]
+) -> Iterator[str]:
     yield (
         f"{method.name}: {len(packed)} linear maps take {facts['packed_bytes'] / 2**20:,.1f} MiB packed, "
         f"{facts['bits_per_weight']:.3g} bits a weight with scales and zero factors; embedding, head, norms and biases are "
         "not quantised. Nothing runs packed: the model runs on the de-quantised weights"
     )
+    if any(recipe.gain != 1.0 for recipe in plan.blocks):
+        yield (
+            f"{method.name}: {PACKED_FILE} has the weights of the plan; in a plain folder those in front of a gain are "
+            "multiplied by it"
+        )
     sharing = sum(getattr(module, "donor", None) is not None for module in model.modules())
     if sharing:
         yield f"{method.name}: {sharing} maps run with another's weight, quantised once; their own adapters are not"

@@ -57,6 +57,8 @@ class Lora(TrainingOptions):
             yield f"rank = {self.rank}, expected 1 or more"
         if not 0 <= self.dropout < 1:
             yield f"dropout = {self.dropout}, expected 0 <= dropout < 1"
+        if not self.maps:
+            yield f"maps is empty, expected some of {', '.join(Family.ROLES)}"
         yield from (unknown("map", role, Family.ROLES) for role in self.maps if role not in Family.ROLES)
 
     def recover(self, request: RecoveryRequest) -> Recovered:

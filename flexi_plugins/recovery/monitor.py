@@ -95,7 +95,12 @@ class Monitor:
     def trained(self, state: Any, kept: Mapping[str, float], model: nn.Module) -> Trained:
         """Return what there is to say at the end."""
         notes: list[str] = []
-        tokens = self.steps.tokens(state.global_step)
+        tokens, batch = self.steps.tokens(state.global_step), self.steps.batch * self.steps.length
+        if not 0.75 < batch / self.options.batch_tokens < 1.34:
+            notes.append(
+                f"{self.who}: a step is of {batch:,} tokens in the place of {self.options.batch_tokens:,}, windows of "
+                f"{self.steps.length} being whole on each of {self.steps.processes} devices"
+            )
         if self.stopped:
             notes.append(
                 f"{self.who}: {STOPPED} {tokens:,} of {self.steps.tokens(self.steps.total):,} tokens, where "
@@ -113,6 +118,7 @@ class Monitor:
         facts = {
             "trained_parameters": sum(p.numel() for p in trainable(model).values()),
             "trained_tokens": tokens,
+            "batch_tokens": batch,
             "kept_tokens": kept["tokens"],
         }
         return Trained(curve, facts, tuple(notes))

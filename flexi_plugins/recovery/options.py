@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -19,6 +20,8 @@ def unfit(device: str, dtype: str) -> Iterator[str]:
     """Yield why nothing can be trained on a device in a compute dtype."""
     if device not in DEVICES:
         yield f"device {device!r}, expected one of {', '.join(DEVICES)}: CUDA_VISIBLE_DEVICES chooses another GPU"
+    if device == "cuda:0" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        yield "device 'cuda:0' for several processes, expected 'cuda', of which each has its own"
     if dtype == "float16" and device == "cpu":
         yield "float16 can be trained in on a GPU alone: take bfloat16 or float32"
 
@@ -28,8 +31,9 @@ class TrainingOptions:
     """How to train: options that all training methods have, as fields that they inherit.
 
     learning_rate: AdamW's, at its peak. warm_up: share of the steps in which it rises. batch_tokens: tokens of a step, on
-    all devices together; papers' batches are made for budgets of 10^7 tokens and more, of small ones they leave a handful
-    of steps. micro_batch_tokens: most tokens that pass a device at once; a step accumulates the gradients of several.
+    all devices together, rounded to whole windows, of which each device has one at least; papers' batches are made for
+    budgets of 10^7 tokens and more, of small ones they leave a handful of steps. micro_batch_tokens: most tokens that pass a
+    device at once, but one window does; a step accumulates the gradients of several.
     gradient_clip: the largest norm of a gradient; 0: any. evaluate_every: tokens between two points of the curve, where
     the held-out loss is measured and a checkpoint written; None: a tenth of the budget. keep: the state with the lowest
     held-out loss, the start included, or the last one. divergence: training stops where the held-out loss is more than so
@@ -108,13 +112,18 @@ class Steps:
         return cls(windows, length, micro, share // micro, processes, every, warm_up)
 
     @property
+    def batch(self) -> int:
+        """Windows of a step, on all devices together."""
+        return self.micro * self.accumulation * self.processes
+
+    @property
     def total(self) -> int:
         """Number of steps."""
-        return math.ceil(self.windows / (self.micro * self.accumulation * self.processes))
+        return math.ceil(self.windows / self.batch)
 
     def tokens(self, step: int) -> int:
         """Return the tokens that have passed after so many steps."""
-        return min(step * self.micro * self.accumulation * self.processes, self.windows) * self.length
+        return min(step * self.batch, self.windows) * self.length
 
 
 def rate(step: int, schedule: str, warm_up: int, total: int) -> float:

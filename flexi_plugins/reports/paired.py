@@ -55,9 +55,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class Pair:
-    """A method beside its reference, among those of a ratio. differences: by measurement. apart: those that are told apart."""
+    """A method beside its reference, among those of a place (see ``ranking.place``).
 
-    ratio: float
+    differences: by measurement. apart: those that are told apart.
+    """
+
+    place: tuple[float, float]
     row: Row
     reference: Row
     differences: Mapping[str, Difference]
@@ -99,12 +102,14 @@ def pairs_of(rows: pd.DataFrame, documents: Documents, reference: str = BEST) ->
         )
     scores = {id(row): method_scores(row, documents, names) for row in methods}
     pairs = []
-    for model, ratio in dict.fromkeys((row["model"], row["ratio"]) for row in methods if not is_dense(row)):
-        here = [r for r in methods if r["model"] == model and (is_dense(r) or r["ratio"] == ratio) and scores[id(r)]]
+    for model, place in dict.fromkeys((row["model"], ranking.place(row)) for row in methods if not is_dense(row)):
+        here = [
+            r for r in methods if r["model"] == model and (is_dense(r) or ranking.place(r) == place) and scores[id(r)]
+        ]
         beside = next((row for row in here if _is(row, reference)), None)
         if beside is not None:
             others = [row for row in here if row is not beside]
-            found = [Pair(ratio, r, beside, _differences(scores[id(r)], scores[id(beside)])) for r in others]
+            found = [Pair(place, r, beside, _differences(scores[id(r)], scores[id(beside)])) for r in others]
             pairs += _told_apart(found)
     return pairs
 
@@ -133,7 +138,7 @@ def scores_of(documents: pd.DataFrame, names: Sequence[str]) -> Scores:
     """Return the numbers of single windows and documents that make up these measurements.
 
     A window's is its loss, nats a token, and makes CORPUS_ppl@TOKENS; that of a task's document is in a column of its own, and
-    makes TASK_COLUMN, or TASK_COLUMN_FILTER.
+    makes TASK_COLUMN, or TASK_COLUMN_FILTER. What makes a task's perplexity is, with lm-eval, a log-likelihood.
     """
     import pandas as pd
 
@@ -149,7 +154,8 @@ def scores_of(documents: pd.DataFrame, names: Sequence[str]) -> Scores:
             for column in group:
                 name = f"{task}_{column}" + (f"_{rule}" if rule else "")
                 if name in names:
-                    scores[name] = pd.to_numeric(group.set_index("doc_id")[column], errors="coerce").dropna()
+                    found = pd.to_numeric(group.set_index("doc_id")[column], errors="coerce").dropna()
+                    scores[name] = -found if ranking.perplexities([name]) else found
     return {name: found for name, found in scores.items() if name in names and found.index.is_unique}
 
 
@@ -213,11 +219,11 @@ def render(pairs: Sequence[Pair], title: str) -> str:
     """Return the pairs as a Markdown page, a table for every model and ratio."""
     sections = [f"# {title}: methods on the same documents", EXPLAINED]
     several = len({pair.row["model"] for pair in pairs}) > 1
-    for model, ratio in dict.fromkeys((pair.row["model"], pair.ratio) for pair in pairs):
-        group = {id(p.row): p for p in pairs if (p.row["model"], p.ratio) == (model, ratio)}
+    for model, place in dict.fromkeys((pair.row["model"], pair.place) for pair in pairs):
+        group = {id(p.row): p for p in pairs if (p.row["model"], p.place) == (model, place)}
         reference = next(iter(group.values())).reference
         beside = "the dense model" if is_dense(reference) else method(reference)
-        sections.append(f"## At {size(ratio)}" + f" of {model}" * several + f", beside {beside}")
+        sections.append(f"## At {size(*place)}" + f" of {model}" * several + f", beside {beside}")
         sections += tables([pair.row for pair in group.values()], *_columns(group))
     return "\n\n".join(sections) + "\n"
 

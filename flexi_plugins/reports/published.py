@@ -163,9 +163,9 @@ def _same_measurement(line: Published, name: str) -> bool:
 
 
 def _model(name: str) -> str:
-    """Return what names of one model have in common: owner, maker, revision, format and version are left out."""
+    """Return what names of one model have in common: owner, maker, revision and format are left out."""
     own = name.partition("@")[0].rpartition("/")[2]
-    return _plain(re.sub(r"^meta-|[-_ ](hf|v\d+(\.\d+)*)$", "", own, flags=re.IGNORECASE))
+    return _plain(re.sub(r"^meta-|[-_ ]hf$", "", own, flags=re.IGNORECASE))
 
 
 def _plain(text: str) -> str:
@@ -223,7 +223,7 @@ def _alone(rows: pd.DataFrame, published: Sequence[Published], pairs: Sequence[R
     methods = [f"{m} {method} {ratio:g} ({recovery or 'none'})" for m, method, ratio, recovery in left.keys() - met]
     nowhere = [name for model, name in ours.items() if model not in known]
     said = [
-        (f"published, and not in this study: {', '.join(sorted(methods))}", methods),
+        (f"published, and without a number of ours beside it: {', '.join(sorted(methods))}", methods),
         (
             f"in this study, and without a published number: {', '.join(nowhere)}; there are numbers of "
             f"{', '.join(dict.fromkeys(line.model for line in published)) or 'no model'}",

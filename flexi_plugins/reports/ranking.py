@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,7 +32,7 @@ def ranked(rows: pd.DataFrame) -> pd.DataFrame:
     """Return one row a method: dense first, then ratio by ratio by rank; cells without a result last, without a rank.
 
     Several ``seeds`` become their mean, with ``NAME_sd``. ``variant`` says which options tell two rows of one
-    metric and strategy apart.
+    metric and strategy apart, and which are not what this metric or strategy mostly has (see ``option_values``).
     """
     import pandas as pd
 
@@ -52,14 +53,14 @@ def methods(rows: pd.DataFrame) -> list[Row]:
     complete = (r for r in rows.to_dict("records") if r["status"] == "complete")
     found = [_together(group, names) for group in _groups(complete)]
     _rank(found, quality_order(names))
-    _tell_apart(found)
+    _tell_apart(found, option_values(rows))
     return found
 
 
 def without_result(rows: pd.DataFrame) -> list[Row]:
     """Return the cells that have no result, a row a seed; ``variant`` tells them apart from all other cells too."""
     cells = [{**r, "variant": "", "seeds": str(r["seed"])} for r in rows.to_dict("records")]
-    _tell_apart(cells)
+    _tell_apart(cells, option_values(rows))
     return [r for r in cells if r["status"] != "complete"]
 
 
@@ -70,7 +71,7 @@ def measured(rows: pd.DataFrame) -> list[str]:
 
 def perplexities(names: Iterable[str]) -> list[str]:
     """Return the measurements that are perplexities."""
-    return [n for n in names if "ppl" in n or "perplexity" in n]
+    return [n for n in names if re.search(r"(^|_)(ppl|perplexity)(?![a-z])", n)]
 
 
 def choices(names: Iterable[str]) -> list[str]:
@@ -96,6 +97,12 @@ def speeds(names: Iterable[str]) -> list[str]:
 def quality_order(names: Sequence[str]) -> list[str]:
     """Return what methods are ranked by: the first perplexity, then the choice log-probabilities (their mean)."""
     return [*perplexities(names)[:1], *choices(names)]
+
+
+def place(row: Mapping[Any, Any]) -> tuple[float, float]:
+    """Return what methods that are ranked together have in common: the ratio; without one, to a tenth, what is gone."""
+    gone = number(row, "true_ratio")
+    return row["ratio"], 0.0 if row["ratio"] or is_dense(row) or math.isnan(gone) else round(gone, 1) + 0.0
 
 
 def is_dense(row: Mapping[Any, Any]) -> bool:
@@ -128,6 +135,26 @@ def flat_options(text: Any) -> dict[str, str]:
 
     walk("", json.loads(text) if isinstance(text, str) and text else {})
     return found
+
+
+def option_values(rows: pd.DataFrame) -> dict[str, dict[str, Counter[str]]]:
+    """Return how many cells have each value of an option, by what it belongs to: ``strategy NAME``, ``calibration``, ..."""
+    values: dict[str, dict[str, Counter[str]]] = {}
+    for row in rows.to_dict("records"):
+        for name, value in flat_options(row["options"]).items():
+            group, key = _owner(row, name)
+            values.setdefault(group, {}).setdefault(key, Counter())[value] += 1
+    return values
+
+
+def usual(values: Counter[str]) -> str:
+    """Return the value that most cells have, the first by name of several."""
+    return min(values, key=lambda value: (-values[value], value))
+
+
+def _owner(row: Mapping[Any, Any], option: str) -> tuple[str, str]:
+    group, _, key = option.partition(".")
+    return (f"{group} {row[group]}" if group in ("metric", "strategy", "recovery") else group), key
 
 
 def _groups(rows: Iterable[Row]) -> list[list[Row]]:
@@ -167,18 +194,23 @@ def _rank(methods: list[Row], order: Sequence[str]) -> None:
         equal = (
             str(row[name]) for name in ("metric", "strategy", "recovery", "options")
         )  # have one order all the same
-        return row["model"], not is_dense(row), row["ratio"], *known, *equal
+        return row["model"], not is_dense(row), place(row), *known, *equal
 
     methods.sort(key=key)
     counts: dict[Any, int] = {}
     for row in methods:
         if not is_dense(row):
-            place = (row["model"], row["ratio"])
-            row["rank"] = counts[place] = counts.get(place, 0) + 1
+            group = (row["model"], place(row))
+            row["rank"] = counts[group] = counts.get(group, 0) + 1
 
 
-def _tell_apart(methods: Sequence[Row]) -> None:
-    """Set ``variant`` to the options in which methods of one metric and strategy differ."""
+def _tell_apart(methods: Sequence[Row], values: Mapping[str, Mapping[str, Counter[str]]]) -> None:
+    """Set ``variant`` to the options in which methods of one metric and strategy differ, and to what is unusual."""
+
+    def unusual(row: Row, option: str, value: str) -> bool:
+        group, key = _owner(row, option)
+        return option.startswith(("metric.", "strategy.")) and value != usual(values[group][key])
+
     families: dict[Any, list[Row]] = {}
     for row in methods:
         families.setdefault((row["model"], str(row["metric"]), str(row["strategy"])), []).append(row)
@@ -186,8 +218,9 @@ def _tell_apart(methods: Sequence[Row]) -> None:
         options = [flat_options(row["options"]) for row in family]
         for row, own in zip(family, options, strict=True):
             alike = [o for r, o in zip(family, options, strict=True) if r["recovery"] == row["recovery"]]
-            differing = [n for n in own if len({o.get(n) for o in (alike if _of_training(n) else options)}) > 1]
-            row["variant"] = ", ".join(f"{n.rpartition('.')[2]}={own[n]}" for n in differing)
+            differing = {n for n in own if len({o.get(n) for o in (alike if _of_training(n) else options)}) > 1}
+            said = [n for n in own if n in differing or unusual(row, n, own[n])]
+            row["variant"] = ", ".join(f"{n.rpartition('.')[2]}={own[n]}" for n in said)
 
 
 def before_and_after(methods: Sequence[Row]) -> list[tuple[Row, Row]]:

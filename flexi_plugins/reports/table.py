@@ -86,7 +86,7 @@ class Markdown:
         done = [r for r in ranked if r["status"] == "complete"]
         sections = [
             f"# {title}",
-            _bullets(_origin(rows)),
+            _bullets(_origin(rows, ranked)),
             _bullets(_caveats(rows, done, names)),
             *_quality(done, names),
             *_recovery(ranking.methods(rows), names),
@@ -100,7 +100,7 @@ class Markdown:
 # ---------------------------------------------------------------------------------------------- head
 
 
-def _origin(rows: pd.DataFrame) -> list[str]:
+def _origin(rows: pd.DataFrame, ranked: Sequence[Row]) -> list[str]:
     context, versions = rows.attrs, rows.attrs.get("versions", {})
     software = ", ".join(f"{n} {'/'.join(v)}" for n, v in versions.items() if n not in MACHINE)
     lines = {
@@ -111,20 +111,25 @@ def _origin(rows: pd.DataFrame) -> list[str]:
         "code": ", ".join(f"commit {c}" for c in context.get("commits", ())),
         "corpus": ", ".join(context.get("corpora", ())),
         "seeds": ", ".join(str(s) for s in sorted(set(rows["seed"]))),
-    } | _options(rows)
+    } | _options(rows, ranked)
     return [f"{name}: {text}" for name, text in lines.items() if text]
 
 
-def _options(rows: pd.DataFrame) -> dict[str, str]:
-    """Return the options that all cells with a plugin, or all cells, have in common, by what they belong to."""
-    values: dict[str, dict[str, set[str]]] = {}
-    for row in rows.to_dict("records"):
-        for name, value in ranking.flat_options(row["options"]).items():
-            group, _, key = name.partition(".")
-            group = f"{group} {row[group]}" if group in ("metric", "strategy", "recovery") else group
-            values.setdefault(group, {}).setdefault(key, set()).add(value)
-    common = {g: {k: min(v) for k, v in keys.items() if len(v) == 1} for g, keys in sorted(values.items())}
-    return {g: ", ".join(f"{k} {v}".strip() for k, v in keys.items()) for g, keys in common.items()}
+def _options(rows: pd.DataFrame, ranked: Sequence[Row]) -> dict[str, str]:
+    """Return the options that all cells with a plugin, or all cells, have in common, by what they belong to.
+
+    Of a metric or strategy also the usual value of what some rows say nothing of.
+    """
+    said = {}
+    for group, options in sorted(ranking.option_values(rows).items()):
+        kind, _, name = group.partition(" ")
+        variants = [f", {r['variant']}" for r in ranked if r.get(kind) == name]
+        left = [k for k, v in options.items() if len(v) > 1 and not all(f", {k}=" in told for told in variants)]
+        parts = [", ".join(f"{k} {min(v)}".strip() for k, v in options.items() if len(v) == 1)]
+        if left and kind in ("metric", "strategy"):
+            parts.append(f"where nothing else is said {', '.join(f'{k} {ranking.usual(options[k])}' for k in left)}")
+        said[group] = "; ".join(part for part in parts if part)
+    return said
 
 
 def _caveats(rows: pd.DataFrame, done: Sequence[Row], names: Sequence[str]) -> list[str]:
@@ -144,7 +149,7 @@ def _caveats(rows: pd.DataFrame, done: Sequence[Row], names: Sequence[str]) -> l
         (f"the records differ in {', '.join(mixed)}: compare speeds and small differences with care", mixed),
         ("some records were made with changes that are not committed", changed),
         *(
-            (f"{_label(r)} was trained on fewer tokens than it was to be: {one_line(r['recovery_shortfall'])}", True)
+            (f"{_label(r)} was not trained as it was to be: {one_line(r['recovery_shortfall'])}", True)
             for r in done
             if isinstance(r.get("recovery_shortfall"), str)
         ),
@@ -166,9 +171,9 @@ def _quality(done: Sequence[Row], names: Sequence[str]) -> list[str]:
     columns = [_measurement(n, n in ranking.accuracies(names)) for n in shown if n not in speeds]
     several = len({r["model"] for r in done}) > 1
     sections = []
-    for model, ratio in dict.fromkeys((r["model"], r["ratio"]) for r in done if not ranking.is_dense(r)):
-        group = [r for r in done if r["model"] == model and (ranking.is_dense(r) or r["ratio"] == ratio)]
-        sections.append(f"## Quality at {size(ratio)}" + f" of {model}" * several)
+    for model, place in dict.fromkeys((r["model"], ranking.place(r)) for r in done if not ranking.is_dense(r)):
+        group = [r for r in done if r["model"] == model and (ranking.is_dense(r) or ranking.place(r) == place)]
+        sections.append(f"## Quality at {size(*place)}" + f" of {model}" * several)
         sections += tables(group, identity(done), columns)
     if not sections and done:
         sections = ["## Quality", *tables(done, identity(done), columns)]
@@ -201,9 +206,9 @@ def _recovery(done: Sequence[Row], names: Sequence[str]) -> list[str]:
     return ["## Before and after recovery", _bullets(said), markdown_table(rows, columns)]
 
 
-def size(ratio: float) -> str:
-    """Return what the methods of a table have in common."""
-    return f"ratio {ratio:g}" if ratio else "sizes that options set"
+def size(ratio: float, gone: float = 0.0) -> str:
+    """Return what the methods of a table have in common (see ``ranking.place``)."""
+    return f"ratio {ratio:g}" if ratio else "sizes that options set" + f", about {gone:g} gone" * bool(gone)
 
 
 def method(row: Row) -> str:
@@ -244,7 +249,7 @@ def identity(done: Sequence[Row]) -> list[Column]:
     columns += [(n, _words(n)) for n in ("variant", "recovery") if any(r[n] not in ("", "none") for r in done)]
     if any(" " in r["seeds"] for r in done):
         columns.append(("seeds", lambda r: str(len(r["seeds"].split()))))
-    ratio: Column = ("ratio", lambda r: "" if ranking.is_dense(r) else f"{r['ratio']:g}")
+    ratio: Column = ("ratio", lambda r: f"{r['ratio']:g}" if r["ratio"] else "")
     columns += [ratio, ("stored M", _millions("stored_parameters"))]
     if any("packed_mib" in r and not math.isnan(number(r, "packed_mib")) for r in done):
         columns += [

@@ -63,6 +63,11 @@ class ConcatMerge:
         """Unit scores always; block scores where they choose pairs or shares."""
         return frozenset({"attention", "mlp"} | ({"block"} if "score" in (self.pairs, self.ratio) else set()))
 
+    @property
+    def retakes(self) -> bool:
+        """Whether a merged block may be merged again."""
+        return self.repeat
+
     def reach(self, shape: ModelShape) -> float:
         """Return the ratio of merging every block once (or down to one block with ``repeat``)."""
         return self._most(shape) * min(shape.block_parameters(b) for b in shape.blocks) / shape.parameters
@@ -162,6 +167,8 @@ class ConcatMerge:
         powers = [v**self.exponent for v in values]
         total = sum(powers)
         shares = (powers[0] / total, powers[1] / total) if total > 0 else (0.5, 0.5)
+        if not 0 <= self.floor <= 1:
+            raise FlexiError(f"{self.name}: floor = {self.floor}, expected 0..1, the larger share that two blocks have")
         originals = sum(len(request.plan.blocks[i].norm_weights) for i in (first, first + 1))
         floor = self.floor ** (1 / (originals - 1))
         if max(shares) < floor:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from flexi_plugins.budget import check_count, check_reach
+from flexi_plugins.budget import check_count, check_protected, check_reach
 from flexi_plugins.data import BlockRecipe, ModelShape, PruningPlan
 from flexi_plugins.errors import FlexiError, OutOfReach
 from flexi_plugins.hookspecs import BlockTrace, Budget, PruningRequest, ReplacementStrategy, TensorRequest, hookimpl
@@ -45,6 +45,7 @@ class LeastSquaresMerge:
 
     def _allowed(self, shape: ModelShape) -> list[int]:
         """Return the blocks that can go: those behind one whose output maps can make up for them."""
+        check_protected(self.protect_first, self.protect_last)
         blocks = range(max(1, self.protect_first), len(shape.blocks) - self.protect_last)
         return [i for i in blocks if all(shape.maps(shape.blocks[i - 1]).get(role) for role in OUTPUTS[self.maps])]
 

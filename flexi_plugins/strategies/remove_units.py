@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from flexi_plugins.budget import Rule, check_reach, global_units, lowest, without_units
+from flexi_plugins.budget import Rule, check_reach, global_units, lowest, rounded_down, without_units
 from flexi_plugins.data import ModelShape, PruningPlan
 from flexi_plugins.errors import FlexiError, OutOfReach
 from flexi_plugins.hookspecs import Budget, PruningRequest, ReplacementStrategy, TensorRequest, hookimpl
@@ -31,7 +31,7 @@ class RemoveUnits:
     multiple: int = 8
     min_heads: int = 1
     fraction: float | None = None  # uniform: share of each block's groups, in the place of a ratio
-    first: int | None = None  # uniform: first block to prune; default protect_first
+    first: int | None = None  # first block to prune; default protect_first
     last: int | None = None
 
     name: ClassVar[str] = "remove-units"
@@ -42,6 +42,11 @@ class RemoveUnits:
     progressive: ClassVar[bool] = False
 
     def _blocks(self, shape: ModelShape) -> range:
+        if self.multiple < 1 or self.min_heads < 0:
+            raise FlexiError(
+                f"{self.name}: multiple = {self.multiple}, min_heads = {self.min_heads}: expected a multiple of at least 1 "
+                "and no negative number of heads"
+            )
         first = self.protect_first if self.first is None else self.first
         last = len(shape.blocks) - 1 - self.protect_last if self.last is None else self.last
         if not 0 <= first <= last < len(shape.blocks):
@@ -90,7 +95,7 @@ class RemoveUnits:
                 return self._with_fraction(request, thousandth / 1000)
         raise OutOfReach(
             f"{self.name}: ratio {request.budget.ratio:g} is out of reach for a uniform fraction in these blocks; "
-            f"it reaches ratios up to {self.reach(shape):.4f}"
+            f"it reaches ratios up to {rounded_down(self.reach(shape))}"
         )
 
     def _with_fraction(self, request: PruningRequest, fraction: float) -> PruningPlan:

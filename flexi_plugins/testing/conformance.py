@@ -1,4 +1,4 @@
-"""The conformance kit: named checks for every kind of plugin object, run on built-in and third-party ones alike.
+"""The conformance kit: named checks for every kind of plugin object but model families, built-in or of third parties.
 
 A check raises an AssertionError or a FlexiError that says what was expected and what was found. A method that has a good
 reason not to pass one (a control that scores at random, say) names it in a class variable ``excused``, a mapping of

@@ -86,13 +86,17 @@ def digests_its_inputs(bench: Bench, evaluator: Evaluator) -> None:
 def judges_every_candidate(bench: Bench, evaluator: Evaluator) -> None:
     """Every candidate has an outcome, in order: finite numbers with names of their own, or a failure.
 
-    A candidate whose log-probabilities are NaN fails with its reason, and alone. Data that is not there is a FlexiError.
+    A candidate whose log-probabilities are NaN fails with its reason, and alone. Data that is not there is a FlexiError,
+    before anything is asked for: behind it that would end a whole study.
     """
     with tempfile.TemporaryDirectory(prefix="flexi-check-") as folder, no_network():
         stub = StubRequest(bench, Path(folder))
         try:
             outcomes = list(evaluator.evaluate(stub.request()))
-        except FlexiError:
+        except FlexiError as error:
+            expect(
+                not stub.asked, f"expected outcomes, one a candidate, found a FlexiError, which ends a study: {error}"
+            )
             return
     expect(len(outcomes) == len(stub.plans), f"expected {len(stub.plans)} outcomes, found {len(outcomes)}")
     for index, outcome in enumerate(outcomes):

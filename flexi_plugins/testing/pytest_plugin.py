@@ -45,6 +45,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     from flexi_plugins.testing.conformance import checks_for, contributed
 
     objects = [pair for plugin in chosen for pair in contributed(plugins, plugin)]
+    if not objects:
+        named = ", ".join(getattr(plugin, "__name__", str(plugin)) for plugin in chosen)
+        raise pytest.UsageError(
+            f"{FIXTURE}: {named} has nothing to check: no metric, strategy, recovery, evaluator, statistic, corpus or report "
+            "format (a model family is shown by a checkpoint of its own)"
+        )
     found = [check for kind, value in objects for check in checks_for(kind, value, plugins)]
     metafunc.parametrize(FIXTURE, [run for _, run in found], ids=[name for name, _ in found])
 

@@ -58,9 +58,12 @@ def recover(pruner: TinyPruner, planned: Planned, method: RecoveryMethod, folder
 
 
 def recovered(pruner: TinyPruner, method: RecoveryMethod) -> tuple[Recovered, Planned]:
-    """Recover the first of the models that the method takes; one that it does not take is a FlexiError that says why."""
+    """Recover the first of the models that the method takes; one that it does not take it refuses, or a FlexiError says why."""
     problems = []
     for planned in pruned(pruner):
+        if reason := method.refuses(planned.plan):
+            problems.append(reason)
+            continue
         with tempfile.TemporaryDirectory() as folder:
             try:
                 return recover(pruner, planned, method, Path(folder)), planned
