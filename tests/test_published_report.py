@@ -201,7 +201,10 @@ def test_the_page_has_both_numbers_in_one_line_in_the_order_of_the_file_and_no_r
     assert table[2][-1] == "window differs |"
     assert "rank" not in text.lower().replace("not\n  ranked", "")
     assert "## Llama-2-7B, ratio 0.2, recovery none" in text
-    assert "- published, and without a number of ours beside it: Llama-2-7B CoMe 0.3 (none), Llama-2-7B SLEB 0.2 (none)" in text
+    assert (
+        "- published, and without a number of ours beside it: Llama-2-7B CoMe 0.3 (none), Llama-2-7B SLEB 0.2 (none)"
+        in text
+    )
     assert "OPT" not in text, "models that the study has not are left out"
 
 

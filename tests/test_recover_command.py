@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -26,6 +27,7 @@ from flexi_plugins.show import show_recovery
 from flexi_plugins.store import Store
 
 Recover = Callable[..., Result]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "flexi_plugins.cli")
 MERGED = ("--metric", "come", "--strategy", "concat-merge", "--ratio", "0.2")
 
 
@@ -113,6 +115,38 @@ def test_a_training_that_was_killed_is_taken_up_by_the_same_command(
     ]
     assert said_of[0] == said_of[1]
     assert [point["tokens"] for point in said_of[0]["curve"]] == list(range(0, 2049, 128))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_two_processes_that_were_killed_go_on_as_if_nothing_had_happened(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    """With the dropout of each: the curve and the model are to the bit those of two that nobody killed."""
+    words = (*MERGED, "--device", "cpu", "--recovery-option=evaluate_every=128")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def started(name: str) -> subprocess.Popen[bytes]:
+        call = [sys.executable, *TORCHRUN, *arguments(model, text, tmp_path / name, "lora", 2048, *words)]
+        return subprocess.Popen(call, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    command = started("killed")
+    while command.poll() is None and not list(tmp_path.glob("killed.training/**/checkpoint-*/trainer_state.json")):
+        time.sleep(0.002)
+    for process in [*psutil.Process(command.pid).children(recursive=True), command]:
+        process.kill()
+    _, said = command.communicate()
+    assert not (tmp_path / "killed").exists(), said.decode()[-3000:]
+    for name in ("killed", "whole"):
+        command = started(name)
+        _, said = command.communicate()
+        assert command.returncode == 0, said.decode()[-3000:]
+        assert ("lora: 0 of 2,048 tokens" in said.decode()) == (name == "whole"), "it was begun again"
+    found, expected = weights(tmp_path / "killed"), weights(tmp_path / "whole")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    said_of = [
+        json.loads((tmp_path / name / "plan.json").read_text())["origin"]["recovery"] for name in ("killed", "whole")
+    ]
+    assert said_of[0] == said_of[1]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
@@ -295,10 +329,9 @@ def test_two_processes_train_what_one_does(
     alone = CliRunner().invoke(app, one)
     assert alone.exit_code == 0, alone.output
     assert alone.stdout.count("written to") == 1
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "flexi_plugins.cli"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *torchrun, *two], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, *TORCHRUN, *two], capture_output=True, text=True, env=environment, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("written to") == 1

@@ -369,12 +369,13 @@ def test_the_bar_of_a_training_that_is_taken_up_is_that_of_the_rest(tmp_path: Pa
     assert totals == [sum(passed)] == [4 * STEP]
 
 
-def test_a_checkpoint_that_a_kill_left_unfinished_is_not_used(tmp_path: Path) -> None:
+@pytest.mark.parametrize("unfinished", ["trainer_state.json", "rng_state.pth"])
+def test_a_checkpoint_that_a_kill_left_unfinished_is_not_used(tmp_path: Path, unfinished: str) -> None:
     whole, _ = learn(ask(tmp_path / "whole"))
     with pytest.raises(KilledError):
         learn(ask(tmp_path / "killed", progress=killed_after(5 * STEP, die)))
-    [state] = tmp_path.glob("killed/*/checkpoint-4/trainer_state.json")
-    state.write_text(state.read_text()[:100])
+    [state] = tmp_path.glob(f"killed/*/checkpoint-4/{unfinished}")
+    state.write_bytes(state.read_bytes()[:100])
     watched = Watched()
     resumed, _ = learn(ask(tmp_path / "killed"), loss=watched)
     assert watched.tokens == 6 * STEP

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -218,19 +219,23 @@ def read_state(model: nn.Module, path: Path) -> None:
         parameter.data.copy_(state[name])
 
 
-def last_checkpoint(folder: Path) -> tuple[str | None, int]:
+def last_checkpoint(folder: Path, processes: int = 1) -> tuple[str | None, int]:
     """Return the newest whole checkpoint and its step; what a kill left unfinished is deleted.
 
-    Trainer writes the file with the step and the curve last.
+    Trainer's first process writes the file with the step and the curve last; others write their random state when they come
+    to it.
     """
     found = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-[0-9]*")}
+    states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{i}.pth" for i in range(processes)]
     for step in sorted(found, reverse=True):
         try:
             json.loads((found[step] / "trainer_state.json").read_text())
+            whole = all(zipfile.is_zipfile(found[step] / state) for state in states)
         except (OSError, ValueError):
-            shutil.rmtree(found[step], ignore_errors=True)
-        else:
+            whole = False
+        if whole:
             return str(found[step]), step
+        shutil.rmtree(found[step], ignore_errors=True)
     return None, 0
 
 

@@ -95,7 +95,7 @@ def train(
             write_state(model, folder / START)
         trainer.accelerator.wait_for_everyone()
         title = f"{who}: training {sum(p.numel() for p in trainable(model).values()):,} parameters"
-        checkpoint, done = last_checkpoint(folder)
+        checkpoint, done = last_checkpoint(folder, steps.processes)
         with request.progress(title, steps.tokens(steps.total) - steps.tokens(done)) as monitor.advance:
             trainer.train(resume_from_checkpoint=checkpoint)
         kept = monitor.kept(trainer.state.log_history)
