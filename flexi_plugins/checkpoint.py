@@ -221,6 +221,8 @@ class Checkpoint:
             return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())
+            if (self.folder / "tokenizer.model").is_file() and not (self.folder / "tokenizer.json").is_file():
+                reason += "; for a tokenizer.model alone, pip install sentencepiece protobuf"
             raise FlexiError(f"model {self.name!r}: no usable tokenizer in {self.folder}: {reason}") from None
 
     def fingerprint(self) -> str:

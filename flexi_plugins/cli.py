@@ -139,6 +139,8 @@ def plan(
         method = _method(metric, strategy, ratio, metric_option, strategy_option)
         from flexi_plugins.planfiles import searching, write_plan
 
+        if output:
+            _check_new(output)
         with searching(output) as search:
             pruner = _pruner(model, corpus, seed, data, dtype, device, memory, search)
             planned = pruner.steps(*method, pruner.progress.say)
@@ -578,6 +580,10 @@ def _asked_ratio(strategy: Any, ratio: float | None) -> float:
 
     if ratio is None and not own_knob(strategy):
         raise FlexiError(f"strategy {strategy.name!r}: give --ratio, the share of the stored parameters to remove")
+    if ratio is not None and own_knob(strategy):
+        raise FlexiError(
+            f"strategy {strategy.name!r}: its option {' or '.join(strategy.knobs)} says how much goes; give it or --ratio"
+        )
     return 0.0 if ratio is None else ratio
 
 

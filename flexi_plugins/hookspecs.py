@@ -2,8 +2,8 @@
 
 A plugin is a module (or object) with any of the hook functions below, each marked with ``flexi_plugins.hookimpl`` and
 each returning a list of objects; an installed distribution names it under the entry-point group ``flexi_plugins``.
-Metrics, strategies, recovery methods, evaluators and statistics are frozen dataclasses: their fields are their options,
-with defaults, and ``dataclasses.replace`` sets them; ``name`` and ``paper`` are class variables.
+All these objects are frozen dataclasses; ``name`` and ``paper`` are class variables. The fields of metrics, strategies,
+recovery methods and evaluators are their options, with defaults, and ``dataclasses.replace`` sets them.
 """
 
 from __future__ import annotations

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexi_plugins.errors import FlexiError, unknown
@@ -95,6 +98,17 @@ def parse_memory(text: str) -> int:
     if not found or not float(found[1]):
         raise FlexiError(f"memory {text!r}: expected a size such as 4GiB or 512MiB")
     return int(float(found[1]) * UNITS[found[2] or ""])
+
+
+def peak_memory() -> int:
+    """Return the most bytes that were resident in this process, Python and its libraries included."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def first_process() -> bool:

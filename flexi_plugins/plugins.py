@@ -21,6 +21,7 @@ from flexi_plugins import hookspecs
 from flexi_plugins.data import Family, PluginVersion
 from flexi_plugins.errors import FlexiError, unknown
 
+SETS = ("gives", "wants", "needs")  # attributes of plugins that are sets of names
 BUILT_IN = (
     "flexi_plugins.families.llama",
     "flexi_plugins.metrics.flexigpt",
@@ -226,7 +227,7 @@ class Plugins:
         """Return the catalogue entry of this name, its object with these options set."""
         entries = self.entries(kind)
         if name not in entries:
-            raise FlexiError(unknown(kind, name, entries))
+            raise FlexiError("; ".join([unknown(kind, name, entries), *self.problems]))
         entry = entries[name]
         return dataclasses.replace(entry, object=with_options(kind, entry.object, options or {}))
 
@@ -261,7 +262,13 @@ def shape_problem(kind: str, value: Any) -> str | None:
     contract = CONTRACTS[kind]
     promised = {n for n in (*vars(contract), *contract.__annotations__) if not n.startswith("_")}
     missing = sorted(n for n in promised if inspect.getattr_static(value, n, contract) is contract)
-    return f"it has no {', '.join(missing)} (see hookspecs.{contract.__name__})" if missing else None
+    if missing:
+        return f"it has no {', '.join(missing)} (see hookspecs.{contract.__name__})"
+    for attribute in SETS:
+        found = inspect.getattr_static(value, attribute, frozenset())
+        if not isinstance(found, property | frozenset | set):
+            return f"its {attribute} is a {type(found).__name__}, expected a frozenset: {found!r}"
+    return None
 
 
 def told(error: BaseException) -> str:
@@ -339,7 +346,12 @@ def with_options(kind: str, value: Any, options: Mapping[str, Any]) -> Any:
             raise FlexiError(f"{kind} {value.name!r}: {unknown('option', key, known)}")
         where = f"{kind} {value.name!r}: option {key!r}"
         changes[key] = _convert(where, _hint(where, type(value), key), given)
-    return dataclasses.replace(value, **changes)
+    try:
+        return dataclasses.replace(value, **changes)
+    except FlexiError:
+        raise
+    except Exception as error:  # a plugin's own check of its options may raise anything
+        raise FlexiError(f"{kind} {value.name!r}: it refuses {changes}: {told(error)}") from error
 
 
 def _hint(where: str, owner: type, key: str) -> Any:

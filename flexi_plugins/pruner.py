@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from flexi_plugins.budget import check_reach
 from flexi_plugins.calibration import Calibrator
 from flexi_plugins.checkpoint import Checkpoint
-from flexi_plugins.corpora.files import find_corpus
+from flexi_plugins.corpora.files import data_folder, find_corpus
 from flexi_plugins.corpora.training import training_text
 from flexi_plugins.corpora.windows import overlapping, token_windows
 from flexi_plugins.data import ModelShape, PruningPlan, Scores, Statistics, digest
@@ -106,7 +106,7 @@ class Pruner:
         self.checkpoint = resident(opened, self.machine)
         self.calibration = calibration or Calibration()
         self.seed = seed
-        self.data = Path(data) if data else None
+        self.data = data_folder(data)
         self.dtype = self.machine.dtype(dtype)
         self.progress = progress or Progress(quiet=True)
         self.trials = Trials(journal, lambda: [self.checkpoint.fingerprint(), self.texts[2], str(self.dtype)])

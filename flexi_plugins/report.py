@@ -52,6 +52,11 @@ def publish(plugins: Plugins, source: Path, target: Path) -> list[Path]:
             "became of every document is not published and would be lost; name a new folder, such as "
             f"results/{source.resolve().name}"
         )
+    if (target / "study.json").exists():
+        raise FlexiError(
+            f"publish: {target} is the folder of a study that ran there, whose records would be lost; name a new folder, or one "
+            "that was published to before"
+        )
     records = [r for r in Store(source).records() if r.status != "failed"]
     if not records:
         raise FlexiError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import math
-import resource
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from flexi_plugins.budget import check_reach
+from flexi_plugins.corpora.files import data_folder
 from flexi_plugins.data import Cell, PruningPlan, Record, Status, digest
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.evaluation import Measurer, described
@@ -26,7 +26,7 @@ from flexi_plugins.execution.sweep import Planned
 from flexi_plugins.files import alone
 from flexi_plugins.grid import EVALUATION, Grid, Work, combinations, plan_key, recovered_key
 from flexi_plugins.hookspecs import Budget, Candidate, Outcome
-from flexi_plugins.machine import Machine
+from flexi_plugins.machine import Machine, peak_memory
 from flexi_plugins.models import open_model
 from flexi_plugins.plugins import Plugins, incompatible, named, told
 from flexi_plugins.progress import Progress
@@ -49,7 +49,7 @@ class Study:
         progress: Progress | None = None,
         machine: Machine | None = None,
     ) -> None:
-        self.file, self.folder, self.data, self.plugins = file, folder, data, plugins
+        self.file, self.folder, self.data, self.plugins = file, folder, data_folder(data), plugins
         self.machine = machine or Machine()
         self.progress = progress or Progress(quiet=True)
         self.store, self.journal = Store(folder, self.progress.say), Journal(folder)
@@ -304,7 +304,7 @@ class Study:
             plan=work.planned.plan if work.planned else None,
             seconds={k: round(v, 3) for k, v in work.seconds.items()},
             shared_with=work.shared_with,
-            peak_memory_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
+            peak_memory_gib=round(peak_memory() / 2**30, 3),
             versions=environment(self.machine.gpu)
             | {k: v for o in work.outcomes.values() for k, v in o.versions.items()},
             commit=revision,

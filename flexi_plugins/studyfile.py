@@ -96,7 +96,7 @@ class StudyFile(Strict):
     ratios: tuple[float, ...] = ()  # none where an option of every strategy takes the place of the ratio
     evaluation: tuple[Measure, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field((0,), min_length=1)
-    recovery: tuple[Method, ...] = (Method(name="none"),)
+    recovery: tuple[Method, ...] = Field((Method(name="none"),), min_length=1)
     dense: bool = True
     dense_recovery: bool = False  # train the dense model as well, by every recovery
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -323,6 +323,38 @@ def test_a_search_that_was_stopped_goes_on_where_it_was(
     assert not (tmp_path / f"{output}.search").exists()
 
 
+def test_a_plan_is_not_written_over_another_and_has_tensors_of_its_own(
+    flexi: Flexi, method: list[str], tmp_path: Path
+) -> None:
+    method = ["share-lora" if word == "concat-merge" else word for word in method]
+    for name in ("plan-0.1", "plan-0.2", "plan.json"):
+        assert flexi("plan", *method, "-o", tmp_path / name).status == 0
+    assert {p.name for p in tmp_path.glob("plan*tensors")} == {"plan-0.1.tensors", "plan-0.2.tensors", "plan.tensors"}
+    assert flexi("prune", *method[:2], "--plan", tmp_path / "plan-0.1", "-o", tmp_path / "pruned").status == 0
+    again = flexi("plan", *method, "-o", tmp_path / "plan-0.1")
+    assert again.status == 2
+    assert "plan-0.1' exists already" in again.err
+
+
+def test_a_ratio_beside_an_option_that_takes_its_place_is_an_error(flexi: Flexi) -> None:
+    given = ["plan", "--count-only", "--model", "huggyllama/llama-7b", "--strategy", "remove-blocks"]
+    said = flexi(*given, "--strategy-option", "blocks=10", "--ratio", "0.9")
+    assert said.status == 2
+    assert "strategy 'remove-blocks': its option blocks says how much goes; give it or --ratio" in said.err
+
+
+@pytest.mark.parametrize("command", ["plan", "eval"])
+def test_a_data_folder_that_is_not_there_is_an_error(
+    flexi: Flexi, model: Path, method: list[str], tmp_path: Path, command: str
+) -> None:
+    given = method if command == "plan" else ["--model", model]
+    said = flexi(command, *given, "--data", tmp_path / "typo")
+    assert said.status == 2
+    assert re.search(
+        r"data: '.*typo' is no folder; --data, or FLEXI_DATA, names one with text/ and tasks/ in it", said.err
+    )
+
+
 @pytest.mark.parametrize("strategy", ["concat-merge", "share-lora", "least-squares-merge"])
 def test_a_plan_file_gives_the_same_model_as_its_method(
     flexi: Flexi, method: list[str], model: Path, tmp_path: Path, strategy: str

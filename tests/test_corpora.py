@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import ssl
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,6 +181,21 @@ def test_the_hub_is_left_as_it_was_found():
     with hub.quick_hub():
         assert state() == (True, True)
     assert state() == before
+
+
+@pytest.mark.parametrize(
+    ("reason", "answers"), [(ssl.SSLCertVerificationError("unknown issuer"), True), (TimeoutError("too slow"), False)]
+)
+def test_a_certificate_that_python_does_not_know_is_an_answer(
+    reason: OSError, answers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's own client may know it."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise urllib.error.URLError(reason)
+
+    monkeypatch.setattr(urllib.request, "urlopen", fail)
+    assert hub._answers("https://hub") == answers
 
 
 def test_alpaca_rows_are_put_into_its_template():

@@ -17,7 +17,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import close_session
+from tiny import opened, tiny
 
+from flexi_plugins import models
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.models import IGNORED, PATTERNS, locate
 
@@ -71,6 +73,25 @@ def answering(status: int, code: str = "") -> Iterator[str]:
         finally:
             server.shutdown()
             thread.join()
+
+
+def test_a_cache_that_cannot_be_written_is_named_before_the_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("FLEXI_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(models, "_convert", lambda *_: pytest.fail("read"))
+    with pytest.raises(FlexiError, match=r"cannot be written \(.*\); name another folder as FLEXI_CACHE"):
+        models.default_model()
+
+
+def test_a_tokenizer_that_is_sentencepieces_alone_says_what_it_takes(tmp_path: Path) -> None:
+    checkpoint = opened(tiny())
+    checkpoint.folder = tmp_path
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer.model").write_bytes(b"no model")
+    with pytest.raises(FlexiError, match=r"for a tokenizer\.model alone, pip install sentencepiece protobuf"):
+        checkpoint.tokenizer()
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,34 @@ def test_a_plugin_that_fails_to_import_is_named_and_the_others_go_on(module: str
     assert set(plugins.entries("metric")) == {"come", "fine"}
 
 
+def test_who_asks_for_a_plugin_that_is_left_out_is_told_why(install: Callable[..., None]) -> None:
+    install("gone", "import no_such_module_anywhere")
+    with pytest.raises(FlexiError, match=r"unknown metric 'gone'.*; plugin 'gone' .*No module named 'no_such_module"):
+        Plugins.load(SMALL).get("metric", "gone")
+
+
+def test_options_that_a_plugin_itself_refuses_are_an_error_that_names_it(install: Callable[..., None]) -> None:
+    source = """
+from dataclasses import dataclass
+
+@dataclass(frozen=True)
+class Own(CoMe):
+    power: int = 1
+    name = 'own'
+
+    def __post_init__(self):
+        if self.power < 1:
+            raise ValueError('power must be positive')
+
+@flexi_plugins.hookimpl
+def importance_metrics():
+    return [Own()]
+"""
+    install("own", HEAD + source)
+    with pytest.raises(FlexiError, match=r"metric 'own': it refuses {'power': 0}: ValueError: power must be positive"):
+        Plugins.load(SMALL).get("metric", "own", {"power": "0"})
+
+
 def test_an_entry_point_without_its_object_is_named(install: Callable[..., None]) -> None:
     install("renamed", good("fine"), point="renamed:old_name")
     assert "failed to import and is left out: AttributeError" in problem(Plugins.load(SMALL))
@@ -163,6 +191,11 @@ BAD_PLUGINS = {
         "@flexi_plugins.hookimpl\ndef importance_metrics():\n    return [CoMe()]",
         "its metric flexi_plugins.metrics.come.CoMe is called 'come', and so is flexi_plugins.metrics.come.CoMe "
         "from flexi-plugins",
+    ),
+    "tupled": (
+        "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass Own(CoMe):\n    name = 'own'\n    gives = ('block',)\n"
+        "@flexi_plugins.hookimpl\ndef importance_metrics():\n    return [Own()]",
+        "its gives is a tuple, expected a frozenset: ('block',)",
     ),
     "twice": (
         "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass Own(CoMe):\n    name = 'own'\n"

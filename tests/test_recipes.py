@@ -244,11 +244,12 @@ PUBLISHED_RECIPES = {  # recipe -> methods of the published table that have a pa
     "prune-and-comp": {
         *(f"Prune&Comp ({m})" for m in ("CosSim(BI)", "CosSim(CL)", "PPL", "Taylor+", "Mag+")),
         "ShortGPT (CosSim(BI))",
+        "ShortGPT",  # nine blocks, as FlexiGPT and ModHiFi have it
         "SLEB (PPL)",
         "Taylor (Taylor+)",
         "Magnitude (Mag+)",
     },
-    "shortgpt": {"ShortGPT (CosSim(BI))"},
+    "shortgpt": {"ShortGPT", "ShortGPT (CosSim(BI))"},
     "sleb": {"SLEB (PPL)"},
     "wanda-sp": {"Wanda-sp"},
 }

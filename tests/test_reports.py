@@ -650,5 +650,9 @@ def test_a_study_is_not_published_to_its_own_folder(tmp_path):
             publish(Plugins.load(), folder, target)
         assert f"found {target}, which is {folder}" in str(error.value)
         assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    other = tmp_path / "other"
+    store.Store(other).select([])
+    with pytest.raises(FlexiError, match=r"other is the folder of a study that ran there, whose records would be lost"):
+        publish(Plugins.load(), folder, other)
     assert publish(Plugins.load(), folder, tmp_path / "published")
     assert len(list((tmp_path / "published" / "records").iterdir())) == 2

@@ -157,6 +157,13 @@ def test_a_study_file_of_the_wrong_form_is_told_so(tmp_path: Path, content: str,
     assert problem in str(caught.value)
 
 
+def test_no_recovery_at_all_is_a_problem(tmp_path: Path) -> None:
+    """No cell would be left; "none" is a recovery."""
+    content = 'name = "s"\nmodel = "smollm2-135m"\nmetrics = ["come"]\nstrategies = ["remove-blocks"]\nratios = [0.2]\n'
+    with pytest.raises(FlexiError, match="recovery: list should have at least 1 item"):
+        read(f'{content}recovery = []\n[[evaluation]]\nevaluator = "perplexity"\n', tmp_path / "s.toml")
+
+
 @pytest.mark.parametrize(
     ("first", "second", "said"),
     [

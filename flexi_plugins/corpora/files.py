@@ -12,6 +12,13 @@ from flexi_plugins.hookspecs import Corpus
 PREFIX = "file:"
 
 
+def data_folder(data: Path | str | None) -> Path | None:
+    """Return the folder of local texts and tasks; raise where it is none, for all would else come from the hub unsaid."""
+    if data is None or Path(data).is_dir():
+        return None if data is None else Path(data)
+    raise FlexiError(f"data: {str(data)!r} is no folder; --data, or FLEXI_DATA, names one with text/ and tasks/ in it")
+
+
 def find_corpus(name: str, corpora: Mapping[str, Corpus]) -> Corpus:
     """Return the corpus of this name: one of the catalogue, or ``file:PATH``."""
     if name.startswith(PREFIX):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -117,8 +118,8 @@ def _answers(address: str) -> bool:
         urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=SECONDS).close()
     except urllib.error.HTTPError as error:
         error.close()  # an error page is an answer
-    except OSError:
-        return False
+    except OSError as error:  # a certificate that Python does not know is an answer: the hub's client knows others
+        return isinstance(getattr(error, "reason", None), ssl.SSLError)
     return True
 
 

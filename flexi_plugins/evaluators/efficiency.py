@@ -25,6 +25,7 @@ from flexi_plugins import hookimpl
 from flexi_plugins.data import Measurement, PruningPlan
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.hookspecs import Corpus, EvaluationRequest, Evaluator, Outcome
+from flexi_plugins.machine import peak_memory
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -228,7 +229,7 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
         for batch in job["batches"]:
             speeds |= _speeds(model, job, batch)
     files = Path(job["folder"]).glob("model*.safetensors")  # not the tensors that lie beside the plan
-    sizes = {"checkpoint_mib": sum(f.stat().st_size for f in files) / MIB, "peak_memory_mib": _peak() / MIB}
+    sizes = {"checkpoint_mib": sum(f.stat().st_size for f in files) / MIB, "peak_memory_mib": peak_memory() / MIB}
     return sizes | speeds
 
 
@@ -270,14 +271,3 @@ def _forget_peak() -> None:
     """Let the peak begin with the loaded model, where the system can."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak() -> int:
-    """Return the most bytes that were resident in this process, Python and its libraries included."""
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
