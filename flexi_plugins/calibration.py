@@ -341,8 +341,10 @@ class _ForwardObserver:
 def _until(planned: Planned, position: int) -> Planned:
     """Return the model of a plan up to a block, with the donors of the blocks that are left."""
     plan = planned.plan
-    donors = [plan.donor(p) for p in range(position + 1)]
-    last = max([position, *(p for p in donors if p is not None)])
+    last, reached = position, -1
+    while reached < last:  # blocks in front of a donor have donors too
+        reached = last
+        last = max([last, *(d for p in range(last + 1) if (d := plan.donor(p)) is not None)])
     names = [f"blocks.{p}." for p in range(last + 1)]
     tensors = tuple((n, d) for n, d in plan.tensors if n.startswith(("outer.", *names)))
     shorter = replace(plan, blocks=plan.blocks[: last + 1], tensors=tensors)

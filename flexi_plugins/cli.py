@@ -7,7 +7,6 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -268,9 +267,8 @@ def recover(
     Example: flexi recover --plan plan.json --method lora --tokens 24576 -o recovered/
     """
     from flexi_plugins.corpora.files import find_corpus
-    from flexi_plugins.files import alone
     from flexi_plugins.machine import first_process, take_own_gpu
-    from flexi_plugins.planfiles import kept_plan, write_trained
+    from flexi_plugins.planfiles import kept_plan, training_beside, write_trained
     from flexi_plugins.plugins import Plugins
     from flexi_plugins.pruner import Training
 
@@ -283,8 +281,7 @@ def recover(
     find_corpus(training_corpus, {n: e.object for n, e in plugins.entries("corpus").items()})
     setting = Training(training_corpus, length, tokens, held_out)
     take_own_gpu(device)
-    checkpoints = output.with_name(f"{output.name}.training")
-    with alone(checkpoints) if first_process() else nullcontext():  # the others of a torchrun are of the first
+    with training_beside(output) as checkpoints:
         pruner = _pruner(model, corpus, seed, data, dtype, device, memory, checkpoints)
         pruner.check_recovery(chosen)
         made, by = kept_plan(pruner, asked, checkpoints)
@@ -620,7 +617,11 @@ def _counted(model: str, strategy: str | None, ratio: float | None, options: Seq
 
 def _check_new(output: Path) -> None:
     if output.exists():
-        raise FlexiError(f"output {str(output)!r} exists already; name another folder or remove it")
+        raise FlexiError(f"output {str(output)!r} exists already; name another one or remove it")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FlexiError(f"output {str(output)!r}: cannot be written: {error}; name another one") from None
 
 
 def _asked(

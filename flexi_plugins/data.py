@@ -681,6 +681,8 @@ class PruningPlan:
             raise FlexiError(f"{where}: its donor, block {recipe.shares}, has another width")
         if not any(_shared(r) == recipe.shares for r in self.blocks):
             raise FlexiError(f"{where}: its donor, block {recipe.shares}, is not whole and unshared in this plan")
+        if any(self.added_biases(r) for r in self.blocks if _shared(r) == recipe.shares):
+            raise FlexiError(f"{where}: its donor, block {recipe.shares}, has biases that no block of the original has")
 
 
 def _merge_origins(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

@@ -121,7 +121,7 @@ class Measurer:
 
     def _request(self, candidates: Sequence[Candidate]) -> EvaluationRequest:
         chosen = [self.planned[c.plan.hash] for c in candidates]
-        pruner = self.pruner
+        pruner, dtype = self.pruner, str(self.pruner.dtype).removeprefix("torch.")
 
         def answer(
             requests: Sequence[Any], title: str, softmax_dtype: str = "float32"
@@ -135,13 +135,15 @@ class Measurer:
             candidates=tuple(candidates),
             tokenizer=pruner.tokenizer,
             likelihoods=answer,
-            model=lambda index: pruner.model(chosen[index]).to(pruner.dtype),
+            model=lambda index: pruner.model(
+                chosen[index], dtype
+            ),  # a module's own `to` would round rotary frequencies too
             folder=_exporter(pruner, chosen, self.scratch),
             progress=pruner.progress.stage,
             corpora={n: e.object for n, e in pruner.plugins.entries("corpus").items()},
             data=pruner.data,
             seed=pruner.seed,
-            dtype=str(pruner.dtype).removeprefix("torch."),
+            dtype=dtype,
             max_length=pruner.checkpoint.config.max_position_embeddings,
         )
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 FREE_SHARE = 0.7  # of what is free, taken where no limit is given
+GROUP = Path("/sys/fs/cgroup")  # of the container, where there is one
 LIMIT_SHARE = 0.92  # of a limit, the rest is left to what allocators waste
 
 
@@ -86,10 +87,21 @@ class Machine:
             free = torch.cuda.mem_get_info(self.torch_device)[0]
             used = torch.cuda.memory_allocated(self.torch_device)
         else:
-            sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of a torchrun
-            free, used = psutil.virtual_memory().available // sharing, psutil.Process().memory_info().rss
+            free, used = free_memory(), psutil.Process().memory_info().rss
         left = int(free * FREE_SHARE) if self.memory is None else int(self.memory * LIMIT_SHARE) - used
         return left, used, LIMIT_SHARE
+
+
+def free_memory() -> int:
+    """Return the bytes of the computer's memory that are free, for one process of a torchrun; in a container those of it."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    with suppress(OSError, ValueError, KeyError):  # no control groups, or no limit ("max")
+        cached = dict(line.split() for line in (GROUP / "memory.stat").read_text().splitlines())["inactive_file"]
+        taken = int((GROUP / "memory.current").read_text()) - int(cached)
+        free = min(free, int((GROUP / "memory.max").read_text()) - taken)
+    return max(0, free) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def parse_memory(text: str) -> int:

@@ -28,6 +28,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flexi_plugins.data import BlockShape, Family, PruningPlan
+from flexi_plugins.errors import FlexiError
 
 NORM_EPSILON = 1e-6
 
@@ -126,7 +127,13 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., columns) to (..., rows)."""
-        y = F.linear(x, self.donor.weight, self.bias)
+        weight = self.donor.weight
+        if weight.is_meta and not x.is_meta:  # accelerate brings it for the donor's own forward alone
+            raise FlexiError(
+                "FlexiForCausalLM: a block runs with the weights of another one that is offloaded to CPU or disk, where they "
+                "are not at hand; load the model without offloading (device_map)"
+            )
+        y = F.linear(x, weight.to(x.device), self.bias)
         return y + F.linear(F.linear(x, self.lora_b), self.lora_a) if self.rank else y
 
 
@@ -262,6 +269,7 @@ class FlexiConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+    use_cache: bool = True
 
     @classmethod
     def of_plan(cls, plan: PruningPlan, base: PreTrainedConfig, family: Family) -> FlexiConfig:
@@ -278,13 +286,14 @@ class FlexiConfig(PreTrainedConfig):
             num_hidden_layers=len(plan.blocks),
             head_dim=plan.shape.blocks[0].head_dim,
             dtype=base.dtype,
+            use_cache=getattr(base, "use_cache", True),
             architectures=["FlexiForCausalLM"],
             **{k: getattr(base, k) for k in (*same, *tokens)},
         )
 
     def base_config(self) -> PreTrainedConfig:
-        """Return the original architecture's configuration with this model's number of blocks."""
-        values = dict(self.base or {})
+        """Return the original architecture's configuration with this model's number of blocks and of tokens."""
+        values = {**(self.base or {}), "vocab_size": self.vocab_size}
         config = AutoConfig.for_model(values.pop("model_type"), **values)
         config = resized_config(config, self.num_hidden_layers)
         if getattr(config, "layer_types", None):
@@ -374,7 +383,8 @@ class FlexiForCausalLM(PreTrainedModel, GenerationMixin):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if self.config.embedding_gain != 1.0:
             inputs_embeds = inputs_embeds * self.config.embedding_gain
-        if past_key_values is None and (self.model.config.use_cache if use_cache is None else use_cache):
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if past_key_values is None and use_cache:
             past_key_values = DynamicCache()  # one made from the configuration would go by position (cache_indices)
         outputs = self.model(
             attention_mask=attention_mask,

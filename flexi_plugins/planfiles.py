@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from flexi_plugins.data import PruningPlan, digest
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.execution.sweep import Planned
 from flexi_plugins.files import alone, remove_leftovers, write_tensor_file, write_text
+from flexi_plugins.machine import first_process
 from flexi_plugins.pruner import Pruner, origin
 from flexi_plugins.rewrite import read_attached
 from flexi_plugins.store import Store
@@ -76,6 +77,14 @@ def kept_beside(output: Path, kind: str) -> Iterator[Path]:
     with alone(folder):
         yield folder
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def training_beside(output: Path) -> Iterator[Path]:
+    """Yield OUTPUT.training, for what is kept of a training; of several processes (torchrun) the first has its lock."""
+    folder = output.with_name(f"{output.name}.training")
+    with alone(folder) if first_process() else nullcontext():
+        yield folder
 
 
 def kept_plan(pruner: Pruner, asked: Path | Methods | None, folder: Path) -> tuple[Planned, tuple[Any, Any] | None]:

@@ -53,7 +53,8 @@ class WideProducts(TorchFunctionMode):
     ) -> Any:
         """Compute a function of torch, a product of bfloat16 tensors in float32."""
         given = kwargs or {}
-        if func not in PRODUCTS or not isinstance(args[0], Tensor) or not _is_narrow(args[0]):
+        first = next(iter((*args, *given.values())), None)
+        if func not in PRODUCTS or not isinstance(first, Tensor) or not _is_narrow(first):
             return func(*args, **given)
         if func is functional.linear:
             return _wide_linear(*args, **given)

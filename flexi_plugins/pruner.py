@@ -37,7 +37,7 @@ from flexi_plugins.hookspecs import (
     TensorRequest,
     TrainingText,
 )
-from flexi_plugins.machine import Machine
+from flexi_plugins.machine import FREE_SHARE, Machine, free_memory
 from flexi_plugins.models import open_model
 from flexi_plugins.plugins import Plugins, check_compatible, options_json, options_of, own_knob
 from flexi_plugins.precision import products
@@ -648,8 +648,9 @@ def _carried(plan: PruningPlan, before: Planned) -> Planned:
 
 
 def resident(checkpoint: Checkpoint, machine: Machine) -> Checkpoint:
-    """Return the checkpoint with what it has read kept in memory, if that leaves half of the memory free."""
-    fits = 2 * checkpoint.bytes_of(checkpoint.tensor_names()) <= machine.budget()[0]
+    """Return the checkpoint with what it has read kept in the computer's memory, if that leaves half of it free."""
+    room = machine.budget()[0] if machine.torch_device.type == "cpu" else int(free_memory() * FREE_SHARE)
+    fits = 2 * checkpoint.bytes_of(checkpoint.tensor_names()) <= room
     return checkpoint.resident() if fits else checkpoint
 
 

@@ -326,7 +326,7 @@ def test_a_search_that_was_stopped_goes_on_where_it_was(
 def test_a_plan_is_not_written_over_another_and_has_tensors_of_its_own(
     flexi: Flexi, method: list[str], tmp_path: Path
 ) -> None:
-    method = ["share-lora" if word == "concat-merge" else word for word in method]
+    method = ["least-squares-merge" if word == "concat-merge" else word for word in method]
     for name in ("plan-0.1", "plan-0.2", "plan.json"):
         assert flexi("plan", *method, "-o", tmp_path / name).status == 0
     assert {p.name for p in tmp_path.glob("plan*tensors")} == {"plan-0.1.tensors", "plan-0.2.tensors", "plan.tensors"}
@@ -459,7 +459,7 @@ def test_a_folder_that_cannot_be_written_is_named(flexi: Flexi, method: list[str
     assert re.search(r"^error: output '.*/file/pruned': cannot be written: ", said.err, re.MULTILINE)
     said = flexi("plan", *method, "-o", tmp_path / "file" / "plan.json")
     assert said.status == 2
-    assert "plan.json: cannot be written" in said.err
+    assert "plan.json': cannot be written" in said.err
 
 
 def test_a_full_disk_leaves_no_part_of_a_model(flexi: Flexi, method: list[str], tmp_path: Path) -> None:

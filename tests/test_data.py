@@ -210,6 +210,15 @@ def test_a_plan_is_valid_as_a_whole(changes, message):
         replace(PruningPlan.identity(SHAPE), **changes)
 
 
+def test_a_donor_has_no_biases_that_the_original_has_not():
+    shape = SHAPE
+    blocks = list(PruningPlan.identity(shape).blocks)
+    blocks[0] = replace(blocks[0], own=("query.bias",))
+    blocks[1] = BlockRecipe(parts=(Part(1),), shares=0, rank=1)
+    with pytest.raises(FlexiError, match="block 1: its donor, block 0, has biases that no block of the original has"):
+        PruningPlan(shape, tuple(blocks))
+
+
 def test_a_donor_must_stay():
     plan = sharing(SHAPE, {3: 1})
     with pytest.raises(FlexiError, match="block 2: its donor, block 1, is not whole"):

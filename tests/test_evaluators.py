@@ -19,16 +19,21 @@ import numpy as np
 import pytest
 import torch
 
+from flexi_plugins.checkpoint import Checkpoint
 from flexi_plugins.corpora.python_docs import PythonDocs
 from flexi_plugins.data import BlockRecipe, Measurement, ModelShape, Part, PruningPlan
 from flexi_plugins.errors import FlexiError
+from flexi_plugins.evaluation import Measurer
 from flexi_plugins.evaluators import docs_cloze, harness, outcomes
 from flexi_plugins.evaluators.outcomes import SEVEN, documents_of, measurements
 from flexi_plugins.evaluators.perplexity import Perplexity
 from flexi_plugins.evaluators.quiet import quiet
 from flexi_plugins.evaluators.tasks import LmEval
+from flexi_plugins.execution.sweep import Planned
 from flexi_plugins.hookspecs import Candidate, EvaluationRequest, Likelihoods
 from flexi_plugins.plugins import Plugins
+from flexi_plugins.testing.bench import TinyPruner
+from flexi_plugins.testing.models import tiny_config, tiny_model
 
 DATA = os.environ.get("FLEXI_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="FLEXI_DATA does not name the folder with the data sets")
@@ -477,6 +482,19 @@ def test_a_corpus_that_is_too_short_says_so(tokenizer: Any, models: list[Any], t
     (tmp_path / "a.txt").write_text("Only a few words are in this text, not enough.")
     with pytest.raises(FlexiError, match=r"expected at least 2 windows of 16 tokens \(32 tokens\), found \d+ tokens"):
         Perplexity(f"file:{tmp_path / 'a.txt'}", 16, 32).evaluate(request_for(tokenizer, models))
+
+
+def test_models_to_evaluate_are_in_the_compute_dtype_and_their_rotary_frequencies_are_not(tmp_path: Path):
+    """``Module.to`` would round these to bfloat16, which no checkpoint that is loaded has."""
+    model = tiny_model(tiny_config("llama"))
+    plugins = Plugins.load()
+    own = TinyPruner(Checkpoint.from_model(model, plugins.family), plugins, dtype="bfloat16")
+    planned = Planned(PruningPlan.keep(own.checkpoint.shape, (0, 2)))
+    with Measurer(own, None, tmp_path, [planned]) as measurer:
+        made = measurer._request([Candidate("pruned", planned.plan)]).model(0)
+    assert {p.dtype for p in made.parameters()} == {torch.bfloat16}
+    assert torch.equal(made.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+    assert made.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
 def test_the_plugins_load_without_torch():

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from tiny import close, opened, tiny, tokens
+from tiny import attached_for, close, opened, sharing, tiny, tokens
 
 from flexi_plugins import calibration
 from flexi_plugins.calibration import Calibrator
@@ -24,6 +24,16 @@ from flexi_plugins.strategies.concat_merge import ConcatMerge
 
 BLOCKS, BATCHES = 5, 2
 METRICS = ("flexigpt", "saap", "come")
+
+
+def test_a_donor_of_a_block_in_front_of_a_donor_is_there() -> None:
+    """Block 0 runs with the weights of block 2, and block 1, which stands in front of that, with those of block 4."""
+    model = tiny("llama-tied")
+    shape = opened(model).shape
+    plan, attached = attached_for(sharing(shape, {0: 2, 1: 4}))
+    shorter = calibration._until(Planned(plan, attached), 0)
+    assert len(shorter.plan.blocks) == 5
+    assert all(shorter.plan.donor(p) is not None for p in (0, 1))
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,12 @@ def test_autocast_is_to_bfloat16_as_ever():
         assert torch.mm(a.double(), w.double().T).dtype == torch.float64
 
 
+def test_factors_may_come_by_name():
+    a, w = bfloat16(7, 300), bfloat16(5, 300, seed=1)
+    with WideProducts():
+        assert torch.equal(F.linear(input=a, weight=w), F.linear(a, w))
+
+
 def test_a_bias_is_added_before_the_rounding():
     a, w, bias = bfloat16(7, 300), bfloat16(5, 300, seed=1), bfloat16(5, seed=2)
     with WideProducts():

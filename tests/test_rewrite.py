@@ -738,6 +738,36 @@ def test_attention_implementations_agree(flexible, tmp_path):
         assert close(logits(again, ids), expected)
 
 
+def test_a_vocabulary_that_was_resized_is_written_and_read(flexible, tmp_path):
+    model = flexible[0]
+    model.resize_token_embeddings(70)
+    model.save_pretrained(tmp_path / "x")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "x")
+    assert again.get_input_embeddings().weight.shape[0] == again.config.vocab_size == 70
+    assert close(logits(again, tokens()), logits(model, tokens()))
+
+
+def test_the_configuration_says_whether_there_is_a_cache(flexible):
+    model = flexible[0]
+    assert model(tokens()).past_key_values is not None
+    model.config.use_cache = False
+    assert model(tokens()).past_key_values is None
+    assert model(tokens(), use_cache=True).past_key_values is not None
+
+
+def test_weights_that_are_not_at_hand_are_an_error(flexible):
+    """accelerate leaves those of an offloaded block on no device, and a product with them would be noise."""
+    model, plan = flexible
+    [position] = [i for i, recipe in enumerate(plan.blocks) if recipe.shares is not None]
+    donor = model.model.layers[plan.donor(position)]
+    donor.mlp.up_proj.weight = nn.Parameter(donor.mlp.up_proj.weight.to("meta"), requires_grad=False)
+    share = model.model.layers[position].mlp.up_proj
+    with pytest.raises(
+        FlexiError, match=r"with the weights of another one that is offloaded .* load the model without"
+    ):
+        share(torch.ones(2, share.lora_b.shape[1]))
+
+
 def test_attentions_and_hidden_states_can_be_asked_for(flexible):
     model = flexible[0]
     model.set_attn_implementation("eager")

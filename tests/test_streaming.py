@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
+import itertools
 import math
 import re
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +20,7 @@ import torch
 from test_sweep import Journal, Progress, some_requests, zoo
 from tiny import attached_for, change, family_of, opened, sharing, tiny, tokens
 
+from flexi_plugins import machine
 from flexi_plugins.calibration import Calibrator
 from flexi_plugins.checkpoint import Checkpoint
 from flexi_plugins.data import BlockRecipe, ModelShape, Part, PruningPlan, Statistics
@@ -31,7 +35,7 @@ from flexi_plugins.execution.readout import Answer, Batch
 from flexi_plugins.execution.states import LARGE, States
 from flexi_plugins.execution.sweep import Planned, Sweeper
 from flexi_plugins.hookspecs import Recovered, RecoveryRequest
-from flexi_plugins.machine import Machine, parse_memory
+from flexi_plugins.machine import Machine, free_memory, parse_memory
 from flexi_plugins.metrics import come, flexigpt, saap
 from flexi_plugins.plugins import Plugins
 from flexi_plugins.pruner import Training
@@ -383,6 +387,70 @@ def test_the_least_that_works_is_a_limit_that_works(folder: Path, monkeypatch: p
     assert found, caught.value
     enough = Machine("cpu", parse_memory(f"{found[1]}MiB"))
     swept(Blocks(open_folder(folder), torch.float32, "cpu", *enough.budget()), planned)
+
+
+def test_copies_that_a_sweep_with_room_left_go_where_a_later_one_has_none(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another dtype than the stored one every built block is a copy."""
+    shape = open_folder(folder).shape
+    few = [Planned(PruningPlan.identity(shape))]
+    many = [Planned(PruningPlan.keep(shape, kept)) for kept in ((0, 2, 3, 4), (0, 1, 3, 4), (1, 2, 3, 4))]
+    narrowed = [
+        Planned(PruningPlan(shape, tuple(BlockRecipe(parts=(Part(i, None, tuple(range(n))),)) for i in range(5))))
+        for n in (8, 12, 16)
+    ]
+
+    def blocks(memory: int) -> Blocks:
+        return Blocks(open_folder(folder), torch.bfloat16, memory=memory)
+
+    both, limits = [*few, *many, *narrowed], itertools.count(least(blocks, lambda b: swept(b, few)), 20_000)
+    for limit in limits:
+        sweeper = Sweeper(blocks(limit))
+        with contextlib.suppress(FlexiError):
+            dict(sweeper.sweep(both, batches(4)))
+        if sweeper.laid is not None and not sweeper.laid.streamed:
+            assert not sweeper.laid.roomy, "all that is read finds room, and what is built of it does not"
+            break
+    made = blocks(limit)
+    made.memory = 2**40
+    swept(made, few)
+    assert len(made._built) == 5
+    made.memory = limit
+    held: list[int] = []
+    original = Blocks.run
+
+    def run(self: Blocks, *given: Any) -> torch.Tensor:
+        held.append(len(self._built))
+        return original(self, *given)
+
+    monkeypatch.setattr(Blocks, "run", run)
+    swept(made, both)
+    assert max(held) <= 2
+
+
+def test_heads_of_plans_own_are_counted(folder: Path) -> None:
+    shape = open_folder(folder).shape
+    plans = [PruningPlan.identity(shape)]
+    table = shape.vocabulary * shape.hidden
+    for i in range(6):
+        own = {"outer.head": torch.full((shape.vocabulary, shape.hidden), float(i))}
+        plans.append(with_digests(replace(plans[0], own=("head",)), own))
+    blocks = Blocks(open_folder(folder), torch.float32)
+    assert blocks.own_outer_bytes(plans[:1]) == 0
+    assert blocks.own_outer_bytes(plans[:3]) == 2 * table * 4
+    assert blocks.own_outer_bytes(plans) == 4 * table * 4, "four are held at once"
+
+
+def test_in_a_container_its_own_memory_is_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    everywhere = free_memory()
+    monkeypatch.setattr(machine, "GROUP", tmp_path)
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 1000\n")
+    (tmp_path / "memory.current").write_text("5000\n")
+    (tmp_path / "memory.max").write_text("9000\n")
+    assert free_memory() == 5000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory() > everywhere / 2
 
 
 def test_a_donors_copy_is_let_go_with_the_block_that_ran_with_it(folder: Path) -> None:

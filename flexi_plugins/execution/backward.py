@@ -49,6 +49,8 @@ def backward_sweep(
         return torch.cat(stored)[:count]
 
     layout = lay_out(blocks, [plan], build_trie([plan], sweeper.prefixes), [samples.shape], False, True, training=True)
+    if not layout.roomy:
+        blocks.forget_copies()
     blocks.states.limit_to(layout.state_bytes)
     arguments = blocks.arguments(behind(-1))
     losses, gradient = _loss(blocks, planned, behind(len(plan.blocks) - 1), samples)

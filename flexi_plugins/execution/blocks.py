@@ -60,6 +60,8 @@ class Blocks:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:  # which one that is holds for this thread alone
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.memory, self.taken, self.share = memory, taken, share
         self.states = States()
         self.seconds: defaultdict[str, float] = defaultdict(float)  # where the time of sweeps went
@@ -83,6 +85,7 @@ class Blocks:
         self.held: dict[str, Tensor] = {}  # the checkpoint's tensors that are in memory
         self._names: dict[Any, tuple[str, ...]] = {}
         self._built: dict[Any, nn.Module] = {}
+        self._copied: set[Any] = set()  # which of these take memory beside the checkpoint's tensors
         self._pool = ThreadPoolExecutor(1, "reading ahead")
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
@@ -171,6 +174,8 @@ class Blocks:
             self.needs(plan, position)
             with self.timed("building"):
                 self._built[key] = self._build(plan, position, attached)
+            if self.copied_bytes(plan, position):
+                self._copied.add(key)
         return self._built[key]
 
     def _build(self, plan: PruningPlan, position: int, attached: Tensors) -> nn.Module:
@@ -199,6 +204,10 @@ class Blocks:
         wanted = {p.key(i) for p in plans for i in range(len(p.blocks))}
         self._built = {k: v for k, v in self._built.items() if k in wanted}
 
+    def forget_copies(self) -> None:
+        """Forget the built blocks that take memory beside the checkpoint's tensors."""
+        self._built = {k: v for k, v in self._built.items() if k not in self._copied}
+
     def copied_bytes(self, plan: PruningPlan, position: int) -> int:
         """Return the bytes that a built block takes beside the checkpoint's tensors it was made of."""
         recipe = plan.blocks[position]
@@ -217,6 +226,18 @@ class Blocks:
             own = {name: attached[f"outer.{name}"].to(self.device, self.dtype) for name in plan.own}
             self._outers[key] = {**self._outer, **own}
         return self._outers[key]
+
+    def own_outer_bytes(self, plans: Sequence[PruningPlan]) -> int:
+        """Return the most bytes that embeddings, norms and heads which plans have of their own take at once."""
+        shape = self.checkpoint.shape
+        table = shape.vocabulary * shape.hidden
+        counts = {
+            tuple((n, d) for n, d in p.tensors if n.startswith("outer.")): sum(
+                shape.hidden if name == "final_norm" else table for name in p.own
+            )
+            for p in plans
+        }
+        return sum(sorted(counts.values())[-OUTERS:]) * self.dtype.itemsize
 
     def embed(self, ids: Tensor, plan: PruningPlan | None = None, attached: Tensors = NOTHING) -> Tensor:
         """Return the residual stream (sequences, tokens, hidden) that enters the first block of a plan's model."""

@@ -86,7 +86,8 @@ def lay_out(
     lent = max((blocks.copied_bytes(plan, donor) for plan, donor in donors if donor is not None), default=0)
     work = max(_working_bytes(blocks, plans, nodes, shape, observed, reads) * (1 + training) for shape in shapes)
     work += _widened_bytes(blocks, plans, nodes, reads)
-    free = blocks.memory - blocks.outer_bytes - work - max(copies.values()) - lent
+    outer = blocks.outer_bytes + blocks.own_outer_bytes(plans)
+    free = blocks.memory - outer - work - max(copies.values()) - lent
     largest, alive = max(states), most_alive(nodes)
     visit = max(_bytes(blocks, [n]) for n in needs)
     least = visit + 2 * largest
@@ -96,7 +97,7 @@ def lay_out(
         taken = f"{gib(blocks.taken)} are taken already, " * bool(blocks.taken)
         raise FlexiError(
             f"memory: {given} is too small for one block and one batch; expected at least {asked} ({taken}"
-            f"{gib(blocks.outer_bytes)} go to embedding and head, {gib(visit)} to the weights of a block, "
+            f"{gib(outer)} go to embedding and head, {gib(visit)} to the weights of a block, "
             f"{gib(2 * largest)} to hidden states, the rest is to work in); give more (--memory)"
         )
     left = free - everything - (alive + 1) * largest

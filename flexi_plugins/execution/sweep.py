@@ -125,6 +125,8 @@ class Sweeper:
             self.blocks.keep_only(plans)
         reads = any(batches[b].reads for b in order)
         self.laid = layout = lay_out(self.blocks, plans, running, shapes, keep, hook is not None, reads=reads)
+        if not layout.roomy:
+            self.blocks.forget_copies()  # of a sweep that had more room
         if layout.streamed:
             self.say(str(layout))
         self.blocks.states.limit_to(layout.state_bytes)
