@@ -449,7 +449,7 @@ def test_an_existing_folder_is_refused_before_any_work(
     monkeypatch.setattr(Pruner, "__init__", fails)
     said = flexi("prune", *method, "-o", tmp_path)
     assert said.status == 2
-    assert said.err == f"error: output '{tmp_path}' exists already; name another folder or remove it\n"
+    assert said.err == f"error: output '{tmp_path}' exists already; name another one or remove it\n"
 
 
 def test_a_folder_that_cannot_be_written_is_named(flexi: Flexi, method: list[str], tmp_path: Path) -> None:
