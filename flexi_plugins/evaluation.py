@@ -135,9 +135,7 @@ class Measurer:
             candidates=tuple(candidates),
             tokenizer=pruner.tokenizer,
             likelihoods=answer,
-            model=lambda index: pruner.model(
-                chosen[index], dtype
-            ),  # a module's own `to` would round rotary frequencies too
+            model=lambda index: pruner.model(chosen[index], dtype),  # Module.to would round rotary frequencies too
             folder=_exporter(pruner, chosen, self.scratch),
             progress=pruner.progress.stage,
             corpora={n: e.object for n, e in pruner.plugins.entries("corpus").items()},
