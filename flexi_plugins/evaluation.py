@@ -1,4 +1,4 @@
-"""Hands candidates to evaluators: likelihoods by one journalled sweep, models in memory, exported folders."""
+"""Hands candidates to evaluators (likelihoods by one journalled sweep, models in memory, folders); writes one's outcomes."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class Measurer:
 
     def _request(self, candidates: Sequence[Candidate]) -> EvaluationRequest:
         chosen = [self.planned[c.plan.hash] for c in candidates]
-        pruner, dtype = self.pruner, str(self.pruner.dtype).removeprefix("torch.")
+        pruner = self.pruner
 
         def answer(
             requests: Sequence[Any], title: str, softmax_dtype: str = "float32"
@@ -135,13 +135,15 @@ class Measurer:
             candidates=tuple(candidates),
             tokenizer=pruner.tokenizer,
             likelihoods=answer,
-            model=lambda index: pruner.model(chosen[index], dtype),  # Module.to would round rotary frequencies too
+            model=lambda index: pruner.model(
+                chosen[index], pruner.dtype_name
+            ),  # Module.to would round rotary frequencies too
             folder=_exporter(pruner, chosen, self.scratch),
             progress=pruner.progress.stage,
             corpora={n: e.object for n, e in pruner.plugins.entries("corpus").items()},
             data=pruner.data,
             seed=pruner.seed,
-            dtype=dtype,
+            dtype=pruner.dtype_name,
             max_length=pruner.checkpoint.config.max_position_embeddings,
         )
 
@@ -159,7 +161,7 @@ def write_outcomes(path: Path, pruner: Pruner, candidate: Candidate, outcomes: S
         "model": candidate.label,
         "fingerprint": pruner.checkpoint.fingerprint(),
         "plan": candidate.plan.hash,
-        "dtype": str(pruner.dtype).removeprefix("torch."),
+        "dtype": pruner.dtype_name,
         "measurements": [asdict(m) for o in outcomes for m in o.measurements],
         "versions": environment(pruner.machine.gpu) | {k: v for o in outcomes for k, v in o.versions.items()},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -98,7 +98,7 @@ class ReplacementStrategy(Protocol):
 
     A paper's own measure of how much goes may take the place of the ratio: an option, where it is not None, that a class
     variable ``knobs`` names (a tuple of names; a strategy without one always takes a ratio). One whose later steps merge
-    again what earlier ones merged says so by ``retakes``, True (default: False).
+    again what earlier ones merged says so by ``remerges``, True (default: False).
     """
 
     name: ClassVar[str]

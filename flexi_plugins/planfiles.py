@@ -1,4 +1,4 @@
-"""Plans on disk: read with their tensors, and kept beside an output while a search or a training goes on."""
+"""Plans on disk, with their tensors; and what is kept beside an output until it is there."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from flexi_plugins.pruner import Pruner, origin
 from flexi_plugins.rewrite import read_attached
 from flexi_plugins.store import Store
 
-BESIDE = ".tensors"  # the tensors of NAME.json are in NAME.tensors, as those of a folder's plan.json are
+TENSORS = ".tensors"  # the tensors of NAME.json are in NAME.tensors, as those of a folder's plan.json are
 
 Methods = tuple[Any, Any, float]
 """Metric, strategy and ratio."""
 
 
-def beside(path: Path) -> Path:
+def tensors_file(path: Path) -> Path:
     """Return where the tensors of a plan file are."""
-    return path.with_suffix(BESIDE) if path.suffix == ".json" else path.with_name(path.name + BESIDE)
+    return path.with_suffix(TENSORS) if path.suffix == ".json" else path.with_name(path.name + TENSORS)
 
 
 def write_plan(path: Path, planned: Planned) -> None:
     """Write a plan as JSON, and its tensors, if it has any, in a file beside it."""
     write_text(path, json.dumps(planned.plan.to_json(), indent=1) + "\n")
     if planned.attached:
-        write_tensor_file(beside(path), planned.attached)
+        write_tensor_file(tensors_file(path), planned.attached)
 
 
 def read_plan(path: Path, pruner: Pruner) -> Planned:
@@ -44,8 +44,8 @@ def read_plan(path: Path, pruner: Pruner) -> Planned:
         raise FlexiError(f"plan file {str(path)!r}: {error}") from None
     if made.shape != pruner.checkpoint.shape:
         raise FlexiError(f"plan file {str(path)!r} was made for a model of another shape than {pruner.checkpoint.name}")
-    if made.tensors and beside(path).is_file():
-        return Planned(made, read_attached(made, beside(path)))
+    if made.tensors and tensors_file(path).is_file():
+        return Planned(made, read_attached(made, tensors_file(path)))
     return pruner.attach(made)
 
 

@@ -265,8 +265,8 @@ def shape_problem(kind: str, value: Any) -> str | None:
     if missing:
         return f"it has no {', '.join(missing)} (see hookspecs.{contract.__name__})"
     for attribute in SETS:
-        found = inspect.getattr_static(value, attribute, frozenset())
-        if not isinstance(found, property | frozenset | set):
+        found = inspect.getattr_static(value, attribute, None)
+        if isinstance(found, list | tuple | str):
             return f"its {attribute} is a {type(found).__name__}, expected a frozenset: {found!r}"
     return None
 

@@ -114,6 +114,11 @@ class Pruner:
         self._blocks_of: Pruner | None = None
 
     @property
+    def dtype_name(self) -> str:
+        """The compute dtype as options name it, such as ``bfloat16``."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def _original(self) -> Planned:
         return Planned(PruningPlan.identity(self.checkpoint.shape))
 
@@ -143,7 +148,7 @@ class Pruner:
             calibration,
             seed=seed,
             data=self.data,
-            dtype=str(self.dtype).removeprefix("torch."),
+            dtype=self.dtype_name,
             device=self.machine.device,
             memory=self.machine.memory,
             plugins=self.plugins,
@@ -380,8 +385,9 @@ class Pruner:
     def check_recovery(self, method: RecoveryMethod) -> None:
         """Raise a FlexiError for options of a method that cannot work, and where nothing can be trained here."""
         method.check()
-        device, dtype = str(self.machine.torch_device), str(self.dtype).removeprefix("torch.")
-        problems = list(unfit(device, dtype)) if isinstance(method, TrainingOptions) else []
+        problems = (
+            list(unfit(str(self.machine.torch_device), self.dtype_name)) if isinstance(method, TrainingOptions) else []
+        )
         if problems:
             raise FlexiError(f"{method.name}: {'; '.join(problems)}")
 
@@ -500,7 +506,7 @@ class Pruner:
                 progress=self.progress.stage,
                 say=self.progress.say,
                 device=str(self.machine.torch_device),
-                dtype=str(self.dtype).removeprefix("torch."),
+                dtype=self.dtype_name,
             )
         )
         trained = planned_of(recovered.model, planned, before, self.checkpoint)
@@ -633,7 +639,7 @@ class Pruner:
         return [math.inf if math.isnan(value) else value for value in found]
 
     def _chrf(self, candidates: list[Planned]) -> list[float]:
-        make = partial(self.model, dtype=str(self.dtype).removeprefix("torch."))
+        make = partial(self.model, dtype=self.dtype_name)
         with products(self.dtype, torch.device("cpu")):
             return chrf(candidates, make, self.texts[0], self.tokenizer, self.progress)
 

@@ -596,7 +596,9 @@ def test_wanda_sp_scores_each_block_behind_the_narrowed_ones(kind):
 def test_a_share_that_no_fraction_takes_is_out_of_reach():
     shape = shape_of()
     reach = WandaSp().reach(shape)
-    assert equal_shares.saved(shape, equal_shares.least_fraction(shape, round(reach * shape.parameters))) > 0
+    for excess in (1, round(reach * shape.parameters / 2), round(reach * shape.parameters)):
+        fraction = equal_shares.least_fraction(shape, excess)
+        assert equal_shares.saved(shape, fraction) >= excess > equal_shares.saved(shape, fraction - 0.001)
     with pytest.raises(OutOfReach, match="equal shares: ratio 1 is out of reach; it goes up to 0"):
         equal_shares.least_fraction(shape, shape.parameters)
 

@@ -159,6 +159,25 @@ def test_a_local_file_comes_before_the_hub(tmp_path: Path):
     assert list(hub.PTB.texts("held-out", tmp_path)) == ["a sentence", "another"]
 
 
+def test_half_of_a_corpus_in_a_folder_is_an_error_and_none_of_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(hub.HubCorpus, "_load", lambda *_: [{"text": "of the hub"}])
+    monkeypatch.setattr(hub, "_answers", lambda _: True)
+    assert list(hub.WIKITEXT2.texts("held-out", None)) == ["of the hub"]
+    assert caplog.messages == []
+    for _ in range(2):
+        assert list(hub.WIKITEXT2.texts("held-out", tmp_path)) == ["of the hub"]
+    missing = tmp_path / "text" / "wikitext2-test.txt"
+    assert caplog.messages == [f"corpus 'wikitext2': there is no {missing}, so it is taken from the hub"]
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "wikitext2-valid.txt").write_text("Words .\n")
+    with pytest.raises(
+        FlexiError, match=r"found .*wikitext2-valid\.txt without wikitext2-test\.txt; put that beside it"
+    ):
+        list(hub.WIKITEXT2.texts("held-out", tmp_path))
+
+
 @pytest.mark.usefixtures("offline")
 def test_without_network_and_file_the_error_names_both_and_comes_soon(tmp_path: Path):
     start = time.monotonic()

@@ -50,7 +50,7 @@ class Mka:
     knobs: ClassVar[tuple[str, ...]] = ("merges",)
     needs: ClassVar[frozenset[str]] = frozenset({"sequence-states"})
     wants: ClassVar[frozenset[str]] = frozenset()
-    retakes: ClassVar[bool] = True
+    remerges: ClassVar[bool] = True
 
     def reach(self, shape: ModelShape) -> float:
         """Return the ratio of merging all blocks behind the last one of other widths; all blocks if there is none."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from flexi_plugins.errors import FlexiError, unknown
@@ -14,9 +16,17 @@ PREFIX = "file:"
 
 def data_folder(data: Path | str | None) -> Path | None:
     """Return the folder of local texts and tasks; raise where it is none, for all would else come from the hub unsaid."""
-    if data is None or Path(data).is_dir():
-        return None if data is None else Path(data)
+    if not data:
+        return None
+    if Path(data).is_dir():
+        return Path(data)
     raise FlexiError(f"data: {str(data)!r} is no folder; --data, or FLEXI_DATA, names one with text/ and tasks/ in it")
+
+
+@cache
+def from_the_hub(what: str, missing: Path) -> None:
+    """Say, once, that something is fetched although there is a folder of local data, which has not got it."""
+    logging.getLogger("flexi_plugins").warning("%s: there is no %s, so it is taken from the hub", what, missing)
 
 
 def find_corpus(name: str, corpora: Mapping[str, Corpus]) -> Corpus:

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from flexi_plugins.corpora.files import read_text
+from flexi_plugins.corpora.files import from_the_hub, read_text
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.hookspecs import hookimpl
 
@@ -68,10 +68,23 @@ class HubCorpus:
         if path.is_file():
             yield from self.split_file(read_text(self.name, path))
         else:
+            if data:
+                self._check_whole(split, data)
             yield from self._hub_texts(split, path)
 
     def _path(self, split: str, data: Path | None) -> Path:
         return (data or Path("FLEXI_DATA")) / "text" / f"{self.name}-{FILES[split]}.txt"
+
+    def _check_whole(self, split: str, data: Path) -> None:
+        """Raise where a folder has one of the two files alone: with the other from the hub, one name would mean two texts."""
+        [part] = FILES.keys() - {split}
+        missing, other = self._path(split, data), self._path(part, data)
+        if other.is_file():
+            raise FlexiError(
+                f"corpus {self.name!r}: found {other} without {missing.name}; put that beside it, or take "
+                "both parts from the hub (another --data)"
+            )
+        from_the_hub(f"corpus {self.name!r}", missing)
 
     def _hub_texts(self, split: str, path: Path) -> Iterator[str]:
         rows = {"calibration": self.calibration, "held-out": self.held_out}[split]

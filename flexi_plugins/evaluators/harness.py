@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from flexi_plugins.corpora.files import from_the_hub
 from flexi_plugins.corpora.hub import quick_hub
 from flexi_plugins.errors import FlexiError, unknown
 from flexi_plugins.evaluators import docs_cloze
@@ -146,6 +147,8 @@ def _load(manager: Any, name: str, data: Path | None, num_fewshot: int | None) -
     path = local_file(name, data)
     if path.is_file() and name in LOCAL:
         return _load_local(manager, name, path, num_fewshot)
+    if data and name in LOCAL:
+        from_the_hub(f"task {name!r}", path)
     try:
         with quick_hub():
             return manager.load([name])

@@ -20,7 +20,7 @@ def refusal(method: RecoveryMethod, plan: PruningPlan, strategy: ReplacementStra
     if not (strategy and strategy.progressive):
         found = f"{strategy.name} plans in one step" if strategy else "a plan that is made has none left to come"
         return f"{who}, and {found}; name a metric and such a strategy in the place of a plan, or train once at the end"
-    if getattr(strategy, "retakes", False):
+    if getattr(strategy, "remerges", False):
         return (
             f"{who}, and {strategy.name} with these options merges a block again that was merged and trained before, whose "
             "weights are those of no old block any more; train once at the end, or have every block merged once"

@@ -55,12 +55,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class Pair:
-    """A method beside its reference, among those of a place (see ``ranking.place``).
+    """A method beside its reference, among those that are ranked together (see ``ranking.rank_group``).
 
     differences: by measurement. apart: those that are told apart.
     """
 
-    place: tuple[float, float]
+    rank_group: tuple[float, float]
     row: Row
     reference: Row
     differences: Mapping[str, Difference]
@@ -102,14 +102,16 @@ def pairs_of(rows: pd.DataFrame, documents: Documents, reference: str = BEST) ->
         )
     scores = {id(row): method_scores(row, documents, names) for row in methods}
     pairs = []
-    for model, place in dict.fromkeys((row["model"], ranking.place(row)) for row in methods if not is_dense(row)):
+    for model, alike in dict.fromkeys((row["model"], ranking.rank_group(row)) for row in methods if not is_dense(row)):
         here = [
-            r for r in methods if r["model"] == model and (is_dense(r) or ranking.place(r) == place) and scores[id(r)]
+            r
+            for r in methods
+            if r["model"] == model and (is_dense(r) or ranking.rank_group(r) == alike) and scores[id(r)]
         ]
         beside = next((row for row in here if _is(row, reference)), None)
         if beside is not None:
             others = [row for row in here if row is not beside]
-            found = [Pair(place, r, beside, _differences(scores[id(r)], scores[id(beside)])) for r in others]
+            found = [Pair(alike, r, beside, _differences(scores[id(r)], scores[id(beside)])) for r in others]
             pairs += _told_apart(found)
     return pairs
 
@@ -219,11 +221,11 @@ def render(pairs: Sequence[Pair], title: str) -> str:
     """Return the pairs as a Markdown page, a table for every model and ratio."""
     sections = [f"# {title}: methods on the same documents", EXPLAINED]
     several = len({pair.row["model"] for pair in pairs}) > 1
-    for model, place in dict.fromkeys((pair.row["model"], pair.place) for pair in pairs):
-        group = {id(p.row): p for p in pairs if (p.row["model"], p.place) == (model, place)}
+    for model, alike in dict.fromkeys((pair.row["model"], pair.rank_group) for pair in pairs):
+        group = {id(p.row): p for p in pairs if (p.row["model"], p.rank_group) == (model, alike)}
         reference = next(iter(group.values())).reference
         beside = "the dense model" if is_dense(reference) else method(reference)
-        sections.append(f"## At {size(*place)}" + f" of {model}" * several + f", beside {beside}")
+        sections.append(f"## At {size(*alike)}" + f" of {model}" * several + f", beside {beside}")
         sections += tables([pair.row for pair in group.values()], *_columns(group))
     return "\n\n".join(sections) + "\n"
 

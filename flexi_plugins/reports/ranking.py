@@ -99,7 +99,7 @@ def quality_order(names: Sequence[str]) -> list[str]:
     return [*perplexities(names)[:1], *choices(names)]
 
 
-def place(row: Mapping[Any, Any]) -> tuple[float, float]:
+def rank_group(row: Mapping[Any, Any]) -> tuple[float, float]:
     """Return what methods that are ranked together have in common: the ratio; without one, to a tenth, what is gone."""
     gone = number(row, "true_ratio")
     return row["ratio"], 0.0 if row["ratio"] or is_dense(row) or math.isnan(gone) else round(gone, 1) + 0.0
@@ -194,13 +194,13 @@ def _rank(methods: list[Row], order: Sequence[str]) -> None:
         equal = (
             str(row[name]) for name in ("metric", "strategy", "recovery", "options")
         )  # have one order all the same
-        return row["model"], not is_dense(row), place(row), *known, *equal
+        return row["model"], not is_dense(row), rank_group(row), *known, *equal
 
     methods.sort(key=key)
     counts: dict[Any, int] = {}
     for row in methods:
         if not is_dense(row):
-            group = (row["model"], place(row))
+            group = (row["model"], rank_group(row))
             row["rank"] = counts[group] = counts.get(group, 0) + 1
 
 

@@ -171,9 +171,9 @@ def _quality(done: Sequence[Row], names: Sequence[str]) -> list[str]:
     columns = [_measurement(n, n in ranking.accuracies(names)) for n in shown if n not in speeds]
     several = len({r["model"] for r in done}) > 1
     sections = []
-    for model, place in dict.fromkeys((r["model"], ranking.place(r)) for r in done if not ranking.is_dense(r)):
-        group = [r for r in done if r["model"] == model and (ranking.is_dense(r) or ranking.place(r) == place)]
-        sections.append(f"## Quality at {size(*place)}" + f" of {model}" * several)
+    for model, alike in dict.fromkeys((r["model"], ranking.rank_group(r)) for r in done if not ranking.is_dense(r)):
+        group = [r for r in done if r["model"] == model and (ranking.is_dense(r) or ranking.rank_group(r) == alike)]
+        sections.append(f"## Quality at {size(*alike)}" + f" of {model}" * several)
         sections += tables(group, identity(done), columns)
     if not sections and done:
         sections = ["## Quality", *tables(done, identity(done), columns)]
@@ -207,7 +207,7 @@ def _recovery(done: Sequence[Row], names: Sequence[str]) -> list[str]:
 
 
 def size(ratio: float, gone: float = 0.0) -> str:
-    """Return what the methods of a table have in common (see ``ranking.place``)."""
+    """Return what the methods of a table have in common (see ``ranking.rank_group``)."""
     return f"ratio {ratio:g}" if ratio else "sizes that options set" + f", about {gone:g} gone" * bool(gone)
 
 

@@ -64,7 +64,7 @@ class ConcatMerge:
         return frozenset({"attention", "mlp"} | ({"block"} if "score" in (self.pairs, self.ratio) else set()))
 
     @property
-    def retakes(self) -> bool:
+    def remerges(self) -> bool:
         """Whether a merged block may be merged again."""
         return self.repeat
 
