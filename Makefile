@@ -25,6 +25,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 OLDEST := .venv-oldest
 ENGINE_TESTS := tests/test_sweep.py tests/test_streaming.py tests/test_packing.py tests/test_passes.py tests/test_rewrite.py
+TRAINING_TESTS := tests/test_training.py tests/test_recovery_methods.py
 # Threads that spin while they wait cost a busy machine several times the work.
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
@@ -73,7 +74,7 @@ $(OLDEST)/installed: pyproject.toml constraints.txt
 test-oldest: $(OLDEST)/installed
 	rm -rf $(OLDEST)/cache
 	FLEXI_CACHE=$(OLDEST)/cache $(OLDEST)/bin/python -c "from flexi_plugins.models import default_model; default_model()"
-	$(OLDEST)/bin/python -m pytest -q $(ENGINE_TESTS)
+	$(OLDEST)/bin/python -m pytest -q $(ENGINE_TESTS) $(TRAINING_TESTS)
 
 verify-engine: $(INSTALLED)
 	$(BIN)/python tests/bench/verify_engine.py

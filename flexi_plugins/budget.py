@@ -55,10 +55,15 @@ def check_protected(first: int, last: int) -> None:
         raise FlexiError(f"protect_first = {first}, protect_last = {last}: expected 0 or more blocks to protect")
 
 
-def removable_share(shape: ModelShape, first: int, last: int) -> float:
-    """Return the ratio of removing as many blocks as can go (see ``removable``)."""
-    gone = shape.blocks[first : first + max(0, removable(shape, first, last))]
-    return sum(map(shape.block_parameters, gone)) / shape.parameters
+def removable_share(shape: ModelShape, first: int, last: int, together: bool = False) -> float:
+    """Return the ratio of removing as many blocks as can go (see ``removable``), whichever of several sizes stays.
+
+    together: they go as one run.
+    """
+    sizes = [shape.block_parameters(b) for b in shape.blocks[first : len(shape.blocks) - last]]
+    count = max(0, removable(shape, first, last))
+    runs = [sizes[start : start + count] for start in range(len(sizes) - count + 1)] if together else []
+    return min(map(sum, runs), default=sum(sorted(sizes)[:count])) / shape.parameters
 
 
 def check_count(who: str, option: str, count: int, most: int) -> None:

@@ -229,6 +229,18 @@ class Checkpoint:
         """SHA-256 of the configuration and the content of every tensor (of the files, where there are files)."""
         return self.cached("fingerprint", self._fingerprint)
 
+    def sample_digest(self) -> str:
+        """SHA-256 of some weights in bfloat16, vectors and a map of the first and the last block: whatever the file's form."""
+        return self.cached("sample", self._sample_digest)
+
+    def _sample_digest(self) -> str:
+        total = hashlib.sha256()
+        for index in (0, len(self.shape.blocks) - 1):
+            vectors, maps = self.vectors(index), self.block(index)
+            for tensor in (*(vectors[name] for name in sorted(vectors)), *(maps[role] for role in [*maps][:1])):
+                total.update(_bytes(tensor.to(torch.bfloat16)))
+        return total.hexdigest()
+
     def _fingerprint(self) -> str:
         total = hashlib.sha256()
         values = {k: v for k, v in self.config.to_dict().items() if k not in ("transformers_version", "_name_or_path")}

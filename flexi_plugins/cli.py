@@ -351,7 +351,7 @@ def evaluate(
             outcomes = [next(measurer.run(measure, [candidate])) for measure in chosen]
         show_outcomes(outcomes, as_json)
         if output:
-            write_outcomes(output, pruner, candidate, outcomes)
+            write_outcomes(output, pruner, candidate, chosen, outcomes)
 
 
 @app.command()
@@ -389,7 +389,7 @@ def report(
     \b
     Example: flexi report runs/llama-7b --published --paired-with dense
     """
-    from flexi_plugins.report import insert_leaderboard, publish, write_paired, write_published, write_reports
+    from flexi_plugins import report as writing
     from flexi_plugins.store import Store
 
     plugins = _plugins()
@@ -400,13 +400,14 @@ def report(
     for problem in store.problems:
         typer.echo(problem, err=True)
     title = folder.resolve().name
-    files = publish(plugins, folder, publish_to) if publish_to else write_reports(plugins, records, folder, title)
+    target = publish_to or folder
+    files = writing.write_again(plugins, store, records, publish_to)
     if into:
-        insert_leaderboard(next(f for f in files if f.suffix == ".md"), into)
-    written, apart = write_paired(store, records, publish_to or folder, title, paired_with)
+        writing.insert_leaderboard(writing.board_of(plugins, target), into)
+    written, apart = writing.write_paired(store, records, target, title, paired_with)
     files, beside = [*files, *([written] if written else [])], {"paired": apart}
     if published or published_file:
-        file, pairs = write_published(plugins, records, publish_to or folder, title, published_file)
+        file, pairs = writing.write_published(plugins, records, target, title, published_file)
         files, beside = [*files, file], {**beside, "published": pairs}
     if as_json:
         print_json({"records": [r.to_json() for r in records], "files": [str(f) for f in files], **beside})

@@ -795,6 +795,13 @@ class Measurement:
     standard_error: float | None = None
     chance: float | None = None
 
+    def __post_init__(self) -> None:  # NumPy's numbers and tensors of one value are no JSON
+        object.__setattr__(self, "value", float(self.value))
+        object.__setattr__(self, "higher_is_better", bool(self.higher_is_better))
+        for name in ("standard_error", "chance"):
+            if (found := getattr(self, name)) is not None:
+                object.__setattr__(self, name, float(found))
+
 
 @dataclass(frozen=True)
 class PluginVersion:

@@ -93,7 +93,7 @@ class Measurer:
     def _taken(self, evaluator: str, made: Iterator[Outcome], candidates: Sequence[Candidate]) -> Iterator[Outcome]:
         for index, candidate in enumerate(candidates):
             try:
-                outcome = next(made)
+                outcome = _checked(next(made))
                 if index + 1 == len(candidates) and isinstance(made, Generator):
                     made.close()  # what it holds and shows goes before the next evaluator comes
             except FlexiError:
@@ -155,18 +155,32 @@ def described(evaluator: Evaluator, data: Path | None, plugins: Plugins) -> dict
     return {**options_json(evaluator), **({"inputs": inputs[:16]} if inputs else {})}
 
 
-def write_outcomes(path: Path, pruner: Pruner, candidate: Candidate, outcomes: Sequence[Outcome]) -> None:
+def write_outcomes(
+    path: Path, pruner: Pruner, candidate: Candidate, measures: Sequence[Measure], outcomes: Sequence[Outcome]
+) -> None:
     """Write what was measured of one model as JSON, with what it depends on."""
+    evaluators = [pruner.plugins.get("evaluator", m.evaluator, m.options) for m in measures]
     found = {
         "model": candidate.label,
         "fingerprint": pruner.checkpoint.fingerprint(),
         "plan": candidate.plan.hash,
         "dtype": pruner.dtype_name,
+        "evaluation": [{"evaluator": e.name, **described(e, pruner.data, pruner.plugins)} for e in evaluators],
         "measurements": [asdict(m) for o in outcomes for m in o.measurements],
         "versions": environment(pruner.machine.gpu) | {k: v for o in outcomes for k, v in o.versions.items()},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     write_text(path, to_text(found, indent=1) + "\n")
+
+
+def _checked(outcome: Any) -> Outcome:
+    """Return what an evaluator gave, if it is an outcome whose measurements can be written."""
+    if not isinstance(outcome, Outcome) or not all(isinstance(m, Measurement) for m in outcome.measurements):
+        raise TypeError(f"expected an Outcome of Measurements for every candidate, found {str(outcome)[:80]!r}")
+    if not all(isinstance(document, Mapping) for document in outcome.documents):
+        raise TypeError(f"expected documents that are mappings, found {str(outcome.documents)[:80]!r}")
+    to_text([[m.name for m in outcome.measurements], outcome.versions])  # a TypeError, where they are no JSON
+    return outcome
 
 
 def _is_whole(outcome: Outcome) -> bool:

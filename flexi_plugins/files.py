@@ -49,7 +49,9 @@ def _unwritable(path: Path, error: OSError) -> FlexiError:
 def alone(folder: Path) -> Iterator[None]:
     """Hold a folder's lock; raise where it is held, by another process or in this one. The folder goes if it ends empty.
 
-    It ends with the process, however that ends. File systems without locks (some of clusters) have none to hold.
+    What killed processes left in the folder goes too. Who only reads there leaves it alone: of a process on another host, or
+    in another container, its number says nothing, and it may be writing. The lock ends with the process, however that ends.
+    File systems without locks (some of clusters) have none to hold.
     """
     lock = folder / "lock"
     with ExitStack() as stack:
@@ -72,6 +74,7 @@ def alone(folder: Path) -> Iterator[None]:
         with suppress(OSError):  # on a full disk: the number is for messages
             file.truncate(0)
             file.write(b"%d\n" % os.getpid())
+        remove_leftovers(folder)
         try:
             yield
         finally:

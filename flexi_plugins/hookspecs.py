@@ -458,6 +458,15 @@ class Recovered:
     facts: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "curve", tuple(_plain(point) for point in self.curve))
+        object.__setattr__(self, "facts", _plain(self.facts))
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return numbers as Python's own: those of NumPy and torch are no JSON."""
+    return {name: value.item() if hasattr(value, "item") else value for name, value in values.items()}
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -513,8 +522,9 @@ class Outcome:
     """What an evaluator found about one candidate.
 
     documents: per-document outcomes, one flat mapping each; what has ``task``, ``doc_id`` and a number NAME is compared
-    between methods as the measurement TASK_NAME. failure says why there is no number, if there is none. versions: what
-    the numbers depend on beside installed packages (task versions), for the record.
+    between methods as the measurement TASK_NAME (of a perplexity it is the document's loss, nats a token). failure says why
+    there is no number, if there is none. versions: what the numbers depend on beside installed packages (task versions), for
+    the record.
     """
 
     measurements: tuple[Measurement, ...] = ()

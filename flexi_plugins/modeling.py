@@ -241,7 +241,12 @@ def _share(block: nn.Module, family: Family, spec: BlockSpec, donor: nn.Module) 
         setattr(block.get_submodule(parent), name, AdaptedLinear(_linear(donor, path), spec.rank))
     if not spec.output_norm:
         return
-    for name, hook in ((family.attention, _normalise_attention), (family.mlp, _normalise_mlp)):
+    for name, hook, there in (
+        (family.attention, _normalise_attention, spec.shape.kv_heads),
+        (family.mlp, _normalise_mlp, spec.shape.channels),
+    ):
+        if not there:
+            continue
         layer = getattr(block, name)
         weight = _linear(donor, family.ROLES["down" if name == family.mlp else "attention_output"]).weight
         layer.output_norm = OutputNorm(weight.shape[0], dtype=weight.dtype, device=weight.device)

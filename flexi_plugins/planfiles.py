@@ -44,8 +44,16 @@ def read_plan(path: Path, pruner: Pruner) -> Planned:
         raise FlexiError(f"plan file {str(path)!r}: {error}") from None
     if made.shape != pruner.checkpoint.shape:
         raise FlexiError(f"plan file {str(path)!r} was made for a model of another shape than {pruner.checkpoint.name}")
+    elsewhere = made.origin.get("weights", here := pruner.checkpoint.sample_digest()) != here
     if made.tensors and tensors_file(path).is_file():
+        if elsewhere:
+            raise FlexiError(
+                f"plan file {str(path)!r}: its tensors were made for another model of this shape than "
+                f"{pruner.checkpoint.name}; take that one, or make the plan again"
+            )
         return Planned(made, read_attached(made, tensors_file(path)))
+    if elsewhere:
+        pruner.progress.say(f"plan file {str(path)!r}: it was made for another model than {pruner.checkpoint.name}")
     return pruner.attach(made)
 
 

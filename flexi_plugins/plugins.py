@@ -11,7 +11,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -347,11 +347,24 @@ def with_options(kind: str, value: Any, options: Mapping[str, Any]) -> Any:
         where = f"{kind} {value.name!r}: option {key!r}"
         changes[key] = _convert(where, _hint(where, type(value), key), given)
     try:
-        return dataclasses.replace(value, **changes)
+        made = dataclasses.replace(value, **changes)
     except FlexiError:
         raise
     except Exception as error:  # a plugin's own check of its options may raise anything
         raise FlexiError(f"{kind} {value.name!r}: it refuses {changes}: {told(error)}") from error
+    _check_sets(kind, made)
+    return made
+
+
+def _check_sets(kind: str, value: Any) -> None:
+    """Raise where what a plugin says by properties, which may depend on its options, are no sets of names."""
+    for attribute in SETS:
+        with named(kind, value.name):
+            found: Any = getattr(value, attribute, frozenset())
+        if not isinstance(found, Set):
+            raise FlexiError(
+                f"{kind} {value.name!r}: its {attribute} is a {type(found).__name__}, expected a frozenset: {found!r}"
+            )
 
 
 def _hint(where: str, owner: type, key: str) -> Any:

@@ -39,12 +39,12 @@ from flexi_plugins.hookspecs import (
 )
 from flexi_plugins.machine import FREE_SHARE, Machine, free_memory
 from flexi_plugins.models import open_model
-from flexi_plugins.plugins import Plugins, check_compatible, options_json, options_of, own_knob
+from flexi_plugins.plugins import Plugins, check_compatible, named, options_json, options_of, own_knob
 from flexi_plugins.precision import products
 from flexi_plugins.progress import Progress
 from flexi_plugins.recovered import planned_of
 from flexi_plugins.recovery.copies import seed_of
-from flexi_plugins.recovery.monitor import Trained
+from flexi_plugins.recovery.monitor import Trained, together
 from flexi_plugins.recovery.options import TrainingOptions, unfit
 from flexi_plugins.recovery.refusal import refusal
 from flexi_plugins.rewrite import PlanWeights, build_model, needed_tensors, with_digests, write_checkpoint
@@ -73,7 +73,7 @@ class Training:
 
     def __post_init__(self) -> None:
         """Raise a FlexiError for numbers that cannot be."""
-        for name, least in (("length", 2), ("tokens", 0), ("held_out", 1)):
+        for name, least in (("length", 2), ("tokens", self.length if self.tokens > 0 else 0), ("held_out", 1)):
             if getattr(self, name) < least:
                 raise FlexiError(f"training: {name} = {getattr(self, name)}, expected {least} or more")
 
@@ -133,6 +133,7 @@ class Pruner:
     def texts(self) -> tuple[Tensor, Tensor, str]:
         """Calibration windows (windows, length), gradient samples (samples, length), and the hash of both."""
         c = self.calibration
+        self._say_if_too_long("calibration", max(c.length, c.gradient_length))
         corpora = {n: e.object for n, e in self.plugins.entries("corpus").items()}
         corpus = find_corpus(c.corpus, corpora)
         windows, first = token_windows(corpus, "calibration", self.data, self.tokenizer, c.length, c.windows, self.seed)
@@ -140,6 +141,10 @@ class Pruner:
             corpus, "calibration", self.data, self.tokenizer, c.gradient_length, c.gradient_samples, self.seed
         )
         return torch.tensor(windows), torch.tensor(samples), f"{first[:32]}{second[:32]}"
+
+    def _say_if_too_long(self, what: str, length: int) -> None:
+        if length > (most := self.checkpoint.config.max_position_embeddings):
+            self.progress.say(f"{what}: windows of {length:,} tokens, but the model has positions for {most:,}")
 
     def calibrated(self, calibration: Calibration, seed: int) -> Pruner:
         """Return a pruner of the same model on other calibration text; the blocks in memory are those of both."""
@@ -248,8 +253,14 @@ class Pruner:
             if not replacement.progressive or replacement.finished(planned.plan, budget):
                 break
         self.calibrator.forget([self._original.plan])
+        if not own_knob(replacement) and not budget.met(planned.plan):
+            raise FlexiError(
+                f"strategy {replacement.name!r} at ratio {ratio:g}: expected at most {budget.target:,} stored parameters, "
+                f"found {planned.plan.stored_parameters:,}"
+            )
         made_by = {
             **origin(chosen, replacement, ratio),
+            "weights": self.checkpoint.sample_digest(),
             "calibration": self._calibrated_on,
             "steps": steps,
             **planned.plan.origin,
@@ -350,12 +361,13 @@ class Pruner:
         so.
         """
         if setting not in self._texts:
+            self._say_if_too_long("training", setting.length)
             corpus = find_corpus(setting.corpus, {n: e.object for n, e in self.plugins.entries("corpus").items()})
             count = setting.held_out + setting.tokens // setting.length
             text, found = training_text(
                 corpus, "calibration", self.data, self.tokenizer, setting.length, count, seed_of(self.seed, "training")
             )
-            seen = self._calibrated(setting, text)
+            seen = self._calibrated(setting, text, getattr(corpus, "response", None) is None)
             order = sorted(range(count), key=seen.__contains__)  # in their order otherwise
             shared = seen.intersection(order[: setting.held_out])
             if shared:
@@ -370,11 +382,13 @@ class Pruner:
             self._texts[setting] = rest, held_out, digest([found, setting.held_out, *sorted(seen)])
         return self._texts[setting]
 
-    def _calibrated(self, setting: Training, text: TrainingText) -> set[int]:
-        """Return which windows of a text to train on share tokens with windows of calibration (those of activations)."""
+    def _calibrated(self, setting: Training, text: TrainingText, plain: bool) -> set[int]:
+        """Return which windows of a text to train on share tokens with windows of calibration (those of activations).
+
+        plain: both are cut from one stream of tokens, which instructions are not."""
         if setting.corpus != self.calibration.corpus:
             return set()
-        found = overlapping(text.ids, self.texts[0])
+        found = overlapping(text.ids, self.texts[0]) if plain else None
         if found is None:
             self.progress.say(
                 f"training: which windows of {setting.length} tokens share some with those of calibration, of "
@@ -384,7 +398,8 @@ class Pruner:
 
     def check_recovery(self, method: RecoveryMethod) -> None:
         """Raise a FlexiError for options of a method that cannot work, and where nothing can be trained here."""
-        method.check()
+        with named("recovery", method.name):
+            method.check()
         problems = (
             list(unfit(str(self.machine.torch_device), self.dtype_name)) if isinstance(method, TrainingOptions) else []
         )
@@ -515,23 +530,8 @@ class Pruner:
     def _with_history(
         self, trained: Planned, method: RecoveryMethod, setting: Training, courses: Sequence[Trained]
     ) -> Planned:
-        """Return a trained plan whose origin says how it was trained: once, or several times one behind the other.
-
-        The tokens of several trainings are summed, and those of the curve count on; all other facts are the last one's.
-        """
-        curve, done, before = list[dict[str, float]](), 0.0, 0.0
-        for course in courses:
-            before = done if course.curve else before
-            curve += [{**point, "tokens": point["tokens"] + done} for point in course.curve]
-            done = curve[-1]["tokens"] if curve else 0.0
-        last = [course.facts for course in courses if course.facts][-1:]
-        facts = dict(last[0]) if last else {}
-        if len(courses) > 1:
-            if "trained_tokens" in facts:
-                facts["trained_tokens"] = sum(c.facts.get("trained_tokens", 0) for c in courses)
-            if "kept_tokens" in facts:
-                facts["kept_tokens"] += before
-            facts |= {"trainings": sum(bool(c.curve) for c in courses), "tokens_before_last": before}
+        """Return a trained plan whose origin says how it was trained: once, or several times one behind the other."""
+        curve, facts = together(courses)
         said = {
             "method": method.name,
             "options": options_json(method),
@@ -540,7 +540,7 @@ class Pruner:
             "facts": facts,
             "notes": [note for course in courses for note in course.notes],
         }
-        origin = dict(trained.plan.origin)
+        origin = {"weights": self.checkpoint.sample_digest(), **trained.plan.origin}
         if "recovery" in origin:
             said["earlier"] = origin["recovery"]
         return replace(trained, plan=replace(trained.plan, origin={**origin, "recovery": said}))

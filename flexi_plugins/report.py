@@ -18,11 +18,19 @@ from flexi_plugins.store import Store, rows
 PAIRED = "PAIRED.md"
 
 
-def write_reports(plugins: Plugins, records: Sequence[Record], folder: Path, title: str) -> list[Path]:
-    """Render every report format into the study's folder; return the files."""
+def board_of(plugins: Plugins, folder: Path) -> Path:
+    """Return where the leaderboard to read is, in a study's folder."""
+    return folder / plugins.entry("report", "markdown").object.filename
+
+
+def write_reports(
+    plugins: Plugins, records: Sequence[Record], folder: Path, title: str, unfinished: int = 0
+) -> list[Path]:
+    """Render every report format into the study's folder; return the files. unfinished: cells that have no record yet."""
     if not records:
         raise FlexiError(f"report: {folder} holds no record of this study; run it first")
     frame = rows(records)
+    frame.attrs["unfinished"] = unfinished
     files, problems = [], []
     for name, entry in plugins.entries("report").items():
         path = folder / entry.object.filename
@@ -41,6 +49,13 @@ def write_reports(plugins: Plugins, records: Sequence[Record], folder: Path, tit
     return files
 
 
+def write_again(plugins: Plugins, store: Store, records: Sequence[Record], target: Path | None) -> list[Path]:
+    """Write a study's reports again from its records, or publish them to another folder; return the files."""
+    if target:
+        return publish(plugins, store.folder, target)
+    return write_reports(plugins, records, store.folder, store.folder.resolve().name, len(store.unfinished()))
+
+
 def publish(plugins: Plugins, source: Path, target: Path) -> list[Path]:
     """Copy a study's finished records and the reports generated from them to ``target``; return the reports.
 
@@ -57,7 +72,9 @@ def publish(plugins: Plugins, source: Path, target: Path) -> list[Path]:
             f"publish: {target} is the folder of a study that ran there, whose records would be lost; name a new folder, or one "
             "that was published to before"
         )
-    records = [r for r in Store(source).records() if r.status != "failed"]
+    opened = Store(source)
+    found = opened.records()
+    records = [r for r in found if r.status != "failed"]
     if not records:
         raise FlexiError(
             f"publish: {source} holds no finished record of the study that ran there last (its study.json names them); run that "
@@ -69,7 +86,8 @@ def publish(plugins: Plugins, source: Path, target: Path) -> list[Path]:
     store = Store(target)
     for record in records:
         store.write(record)
-    return write_reports(plugins, records, target, source.name)
+    missing = len(opened.unfinished()) + len(found) - len(records)
+    return write_reports(plugins, records, target, source.name, missing)
 
 
 def write_paired(
@@ -133,6 +151,8 @@ def insert_leaderboard(board: Path, page: Path) -> None:
     tables = [
         f"**{s.partition(chr(10))[0]}**\n{s.partition(chr(10))[2]}".strip() for s in sections if s.startswith("Quality")
     ]
+    if not tables:
+        raise FlexiError(f"report: {board} has no quality table to put into {page}; run the study to its first results")
     before, rest = text.split(MARKS[0])
     after = rest.split(MARKS[1])[1]
     body = "\n\n".join(tables)

@@ -149,12 +149,12 @@ def show_outcomes(outcomes: Sequence[Any], as_json: bool) -> None:
 
 def show_reports(plugins: Plugins, folder: Path) -> None:
     """Print the leaderboard, and where everything is."""
-    from flexi_plugins.report import PAIRED
+    from flexi_plugins.report import PAIRED, board_of
 
     named = [*(folder / e.object.filename for e in plugins.entries("report").values()), folder / PAIRED]
     files = [file for file in named if file.exists()]
-    board = next((f for f in files if f.suffix == ".md"), None)
-    if board is not None:
+    board = board_of(plugins, folder)
+    if board in files:
         typer.echo(board.read_text(encoding="utf-8"))
     typer.echo("files: " + ", ".join(str(f) for f in files) + f", {folder / 'records'}/")
 

@@ -96,8 +96,6 @@ class Store:
     def __init__(self, folder: Path | str, say: Callable[[str], None] = lambda problem: None) -> None:
         self.folder, self._say = Path(folder), say
         self.problems: list[str] = []
-        for name in ("records", "documents", "plans"):
-            remove_leftovers(self.folder / name)
 
     # -- records and documents
 
@@ -127,6 +125,11 @@ class Store:
         paths = sorted((self.folder / "records").glob("*.json"))
         found = (self._read(path) for path in paths if chosen is None or path.stem in chosen)
         return [record for record in found if record is not None]
+
+    def unfinished(self) -> list[str]:
+        """Return the names of the study's cells that have no record yet."""
+        chosen = self._parsed(self.folder / "study.json", lambda value: set(value["records"]), "list of records")
+        return sorted(name for name in chosen or () if not (self.folder / "records" / f"{name}.json").exists())
 
     def documents(self, cell: Cell) -> pd.DataFrame:
         """Return the per-document outcomes of a cell, one row a document and evaluator; empty if there are none."""
@@ -288,7 +291,6 @@ class Journal:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder) / "journal"
-        remove_leftovers(self.folder)
 
     def get(self, plan_hash: str, group_hash: str) -> list | None:
         """Return what is known of a plan in a group, or None. Tuples come back as lists."""
@@ -345,7 +347,9 @@ def _row(record: Record) -> dict[str, Any]:
         row |= {name: getattr(record.plan, name) for name in SIZES} | {"true_ratio": record.plan.ratio}
         row |= _of_recovery(record.plan.origin.get("recovery"))
     for measurement in record.measurements:
-        row.setdefault(measurement.name, measurement.value)
+        if measurement.name in row:
+            continue  # of sizes, which the plan says, and of what two evaluators give by one name
+        row[measurement.name] = measurement.value
         extra = {"stderr": measurement.standard_error, "chance": measurement.chance}
         row |= {f"{measurement.name}_{k}": v for k, v in extra.items() if v is not None}
     return row
@@ -377,10 +381,15 @@ def _context(records: Sequence[Record]) -> dict[str, Any]:
         "corpora": distinct(r.cell.corpus_hash[:12] for r in records),
         "dates": sorted(distinct(r.date[:10] for r in records)),
         "commits": distinct(r.commit[:12] + (" with changes" if r.dirty else "") for r in records),
-        "versions": {n: distinct(r.versions.get(n) for r in records) for n in names},
+        "versions": {n: distinct(_version(r, n) for r in records) for n in names},
         "higher_is_better": {m.name: m.higher_is_better for r in records for m in r.measurements},
         "curves": {_name(r.cell): curve for r in records if (curve := _curve(r))},
     }
+
+
+def _version(record: Record, name: str) -> str | None:
+    """Return a version that a record names; what was measured without a GPU says so beside what was measured on one."""
+    return record.versions.get(name, "no GPU" if name == "gpu" and record.measurements else None)
 
 
 def _curve(record: Record) -> dict[str, Any] | None:

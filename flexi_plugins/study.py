@@ -11,6 +11,7 @@ import datetime
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -84,8 +85,8 @@ class Study:
         failed = any(r.status == "failed" for r in records)  # is tried again, and knows the rest then
         if todo and not failed:
             self.journal.clear()
-        write_reports(self.plugins, records, self.folder, self.file.name)
         write_paired(self.store, records, self.folder, self.file.name)
+        write_reports(self.plugins, records, self.folder, self.file.name)  # last, since a plugin's format may fail
         return records
 
     # -- cells
@@ -240,8 +241,12 @@ class Study:
             self.store.keep(key, folder)
             self.store.write_plan(key, trained.plan, trained.attached, work.timing)
             stored = self.store.read_plan(key)  # from its file, so that memory does not hold what many cells trained
+        if stored is None:
+            raise FlexiError(
+                f"the trained plan cannot be read back from {self.store.folder / 'plans'}; the checkpoints in {folder} are kept: "
+                "run the study again"
+            )
         shutil.rmtree(folder, ignore_errors=True)
-        assert stored is not None
         work.planned = Planned(*stored)
         work.remember(self.store.plan_timing(key))
 
@@ -289,6 +294,12 @@ class Study:
     def _finish(self, work: Work) -> None:
         """Write the record of a cell whose measurements are all there."""
         failures = [f"{k}: {f}" for k, o in work.outcomes.items() if (f := _failure(o))]
+        names = Counter(m.name for o in work.outcomes.values() for m in o.measurements)
+        failures += [
+            f"{name}: {count} evaluators give a number of this name; put one of them into a study of its own"
+            for name, count in names.items()
+            if count > 1
+        ]
         self._write(work, "failed" if failures else "complete", "; ".join(failures))
         work.planned = None  # its tensors may be a whole model's
 

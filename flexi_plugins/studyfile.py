@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from flexi_plugins.corpora.files import find_corpus
 from flexi_plugins.errors import FlexiError, unknown
 from flexi_plugins.families.known import check_name
-from flexi_plugins.plugins import Plugins, own_knob
+from flexi_plugins.plugins import Plugins, named, own_knob
 
 
 class Strict(BaseModel):
@@ -67,6 +67,12 @@ class TrainingTable(Strict):
     length: int = Field(256, ge=2)
     tokens: int = Field(24_576, ge=1)
     held_out: int = Field(16, ge=1)  # windows that the loss is measured on meanwhile
+
+    @model_validator(mode="after")
+    def _holds_a_window(self) -> Self:
+        if self.tokens < self.length:
+            raise ValueError(f"tokens = {self.tokens}, expected a window of {self.length} at least")
+        return self
 
 
 Combination = tuple[Method, Method, tuple[float, ...]]
@@ -221,7 +227,7 @@ def _name_problems(study: StudyFile, plugins: Plugins) -> Iterator[str]:
         yield from measure_problems(measure, plugins)
     yield from _measured_twice(study.evaluation, plugins)
     for recovery in study.recovery:
-        yield from _caught(lambda r=recovery: plugins.get("recovery", r.name, r.options).check())
+        yield from _caught(lambda r=recovery: _checked("recovery", plugins.get("recovery", r.name, r.options)))
         if recovery.ratios is not None:
             yield f"recovery {recovery.name!r}: ratios belong to metrics and strategies"
     for corpus in (study.calibration.corpus, study.training.corpus):
@@ -274,7 +280,7 @@ def measure_problems(measure: Measure, plugins: Plugins) -> Iterator[str]:
         return
     if isinstance(getattr(evaluator, "corpus", None), str):
         yield from _corpus_problems(evaluator.corpus, plugins)
-    yield from _caught(evaluator.check)
+    yield from _caught(_checked, "evaluator", evaluator)
 
 
 def _measured_twice(measures: Sequence[Measure], plugins: Plugins) -> Iterator[str]:
@@ -299,6 +305,12 @@ def _measured_twice(measures: Sequence[Measure], plugins: Plugins) -> Iterator[s
 
 def _corpus_problems(name: str, plugins: Plugins) -> Iterator[str]:
     yield from _caught(find_corpus, name, {n: e.object for n, e in plugins.entries("corpus").items()})
+
+
+def _checked(kind: str, plugin: Any) -> None:
+    """Have a plugin check its options; what it raises beside a FlexiError names it."""
+    with named(kind, plugin.name):
+        plugin.check()
 
 
 def _caught(call: Any, *arguments: Any) -> Iterator[str]:

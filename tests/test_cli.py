@@ -549,6 +549,24 @@ def test_a_plan_of_another_model_is_refused(flexi: Flexi, model: Path, tmp_path:
     assert "give either --plan, or --metric, --strategy, --ratio and their options" in both.err
 
 
+def test_tensors_of_another_model_of_the_same_shape_are_refused(flexi: Flexi, model: Path, tmp_path: Path) -> None:
+    """As LLaMA-7B and Vicuna-7B are; a plan without tensors can be taken over, and is said to be of another."""
+    other = make_model(tmp_path / "other", seed=5)
+    given = ["--dtype", "float32", "--metric", "flexigpt", "--ratio", "0.2"]
+    made = ["--model", model, *given, "--strategy", "share-lora", "-o", tmp_path / "shared"]
+    assert flexi("prune", *made).status == 0
+    said = flexi("prune", "--model", other, "--plan", tmp_path / "shared" / "plan.json", "-o", tmp_path / "pruned")
+    assert said.status == 2
+    assert "its tensors were made for another model of this shape than" in said.err
+    again = flexi("prune", "--model", model, "--plan", tmp_path / "shared" / "plan.json", "-o", tmp_path / "pruned")
+    assert again.status == 0, again.err
+    plan = tmp_path / "blocks.json"
+    assert flexi("plan", "--model", model, *given, "--strategy", "remove-blocks", "-o", plan).status == 0
+    taken = flexi("prune", "--model", other, "--plan", plan, "-o", tmp_path / "blocks")
+    assert taken.status == 0, taken.err
+    assert "it was made for another model than" in taken.err
+
+
 def test_a_checkpoint_that_is_broken_is_named(flexi: Flexi, method: list[str], tmp_path: Path) -> None:
     folder = make_model(tmp_path / "broken")
     place = method.index("--model") + 1
@@ -617,6 +635,9 @@ def test_an_evaluation_with_an_output_goes_on_where_it_was(
     found = json.loads(output.read_text())
     assert found["measurements"] == whole.json["measurements"]
     assert found["fingerprint"]
+    assert [e["evaluator"] for e in found["evaluation"]] == ["perplexity", "lm-eval"]
+    assert (found["evaluation"][0]["tokens"], found["evaluation"][1]["limit"]) == (256, 3)
+    assert all(e["inputs"] for e in found["evaluation"])
     assert found["versions"]["torch"] == torch.__version__
     assert [path.name for path in tmp_path.glob("found.json*")] == ["found.json"]
     assert flexi(*given).out == flexi(*given, "-o", tmp_path / "again.json").out

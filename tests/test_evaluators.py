@@ -529,6 +529,23 @@ def test_a_label_that_is_no_choice_is_left_out_of_choice_logprob():
     assert outcomes._right(["a", "b"], [-1]) == outcomes._right(["a", "b"], ["other"]) == []
 
 
+def test_windows_beyond_the_models_positions_are_refused(tokenizer, models):
+    with pytest.raises(
+        FlexiError, match=r"the model has positions for 512 tokens, found windows of 1,024; set window to"
+    ):
+        Perplexity(window=1024, tokens=2048).evaluate(request_for(tokenizer, models))
+
+
+def test_a_local_file_that_is_not_read_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "sciq.jsonl").write_text("{}\n")
+    assert LmEval(tasks=("piqa",)).inputs(tmp_path, {})
+    with pytest.raises(
+        FlexiError, match=r"found .*sciq\.jsonl, and local files are read of boolq, .*alone; move it away"
+    ):
+        LmEval(tasks=("sciq", "piqa")).inputs(tmp_path, {})
+
+
 def test_the_evaluators_are_in_the_catalogue():
     modules = ("flexi_plugins.evaluators.perplexity", "flexi_plugins.evaluators.tasks")
     plugins = Plugins.load(built_in=modules)

@@ -16,13 +16,13 @@ import pytest
 import torch
 import torch_pruning as tp
 from studies import byte_tokenizer, make_text
-from tiny import KINDS, built, close, family_of, logits, opened, tiny, tokens
+from tiny import KINDS, built, change, close, family_of, logits, opened, tiny, tokens
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from flexi_plugins.budget import without_units
+from flexi_plugins.budget import removable_share, without_units
 from flexi_plugins.checkpoint import Checkpoint
-from flexi_plugins.data import PruningPlan
+from flexi_plugins.data import BlockRecipe, Part, PruningPlan
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.integrations import llm_pruner, sliced
 from flexi_plugins.integrations.torch_pruning import FlexiImportance
@@ -300,6 +300,51 @@ def test_a_sliced_model_is_pruned_further_like_any_other() -> None:
     expected = copy.deepcopy(model)
     expected.model.layers = nn.ModuleList(expected.model.layers[i] for i in kept)
     assert close(logits(pruner.model(plan), tokens()), logits(expected, tokens()))
+
+
+LACKING = [
+    ("come", "remove-blocks", {}, 0.4),
+    ("flexigpt", "share-lora", {"output_gain": "calibrated"}, 0.2),
+    ("flexigpt", "share-lora", {"rank": 0}, 0.2),
+    ("come", "concat-merge", {"pairs": "score"}, None),
+    ("come", "remove-units", {}, 0.2),
+    ("none", "extend", {"start": 1, "end": 3, "repetitions": 2}, 0.0),
+]
+
+
+@pytest.mark.parametrize(("metric", "strategy", "options", "ratio"), LACKING)
+def test_a_model_of_which_blocks_lack_a_sub_layer_is_pruned_like_any_other(
+    metric: str, strategy: str, options: dict[str, Any], ratio: float | None
+) -> None:
+    """As BlockPruner leaves it: here the first block has no attention, the third no MLP, the fifth neither of all widths."""
+    whole = tiny("llama")
+    narrowed = {
+        0: BlockRecipe(parts=(Part(0, ()),)),
+        2: BlockRecipe(parts=(Part(2, None, ()),)),
+        4: BlockRecipe(parts=(Part(4, (1,), (2, 3)),)),
+    }
+    model = built(change(PruningPlan.identity(opened(whole).shape), narrowed), whole)
+    pruner = Pruner(sliced.opened(model, family_of), dtype="float32", device="cpu")
+    pruner.texts = WINDOWS, WINDOWS, ""
+    chosen = pruner.plugins.get("strategy", strategy, options)
+    share = 0.98 * chosen.reach(pruner.checkpoint.shape) if ratio is None else ratio
+    made = pruner.make(metric, chosen, share)
+    assert bool(logits(pruner.model(made), tokens()).isfinite().all())
+    assert made.plan != PruningPlan.identity(pruner.checkpoint.shape)
+
+
+def test_the_reach_is_true_whichever_of_several_sizes_goes() -> None:
+    whole = tiny("llama")
+    count = opened(whole).shape.blocks[1].channels
+    wide = dict.fromkeys((1, 3, 4), BlockRecipe(parts=(Part(0, None, range(count // 4)),)))
+    narrowed = {i: replace(r, parts=(replace(r.parts[0], source=i),)) for i, r in wide.items()}
+    shape = change(PruningPlan.identity(opened(whole).shape), narrowed).new_shape
+    sizes = [shape.block_parameters(b) for b in shape.blocks]
+    apart, together = (removable_share(shape, 1, 0, t) * shape.parameters for t in (False, True))
+    assert apart == sum(sizes[1:])
+    apart, together = (removable_share(shape, 0, 0, t) * shape.parameters for t in (False, True))
+    assert round(apart) == sum(sizes) - max(sizes)
+    assert round(together) == sum(sizes) - max(sizes[0], sizes[-1])
 
 
 def test_a_folder_with_blocks_of_different_width_is_opened_again(tmp_path: Path) -> None:

@@ -94,6 +94,8 @@ def test_the_perplexity_of_a_task_is_made_of_log_likelihoods():
         [{"task": "lambada_openai", "doc_id": i, "perplexity": -v} for i, v in enumerate((1.0, 2.0, 4.0))]
     )
     assert paired.scores_of(rows, [name])[name].tolist() == [1.0, 2.0, 4.0]
+    for evaluator, expected in (("lm-eval-0a1b2c", [1.0, 2.0, 4.0]), ("mine", [-1.0, -2.0, -4.0])):
+        assert paired.scores_of(rows.assign(evaluator=evaluator), [name])[name].tolist() == expected
 
 
 def test_what_is_not_told_apart_is_marked():
@@ -196,6 +198,8 @@ def test_a_trained_dense_model_stands_in_the_table_of_each_ratio():
 def test_documents_of_other_shapes_are_left_alone():
     foreign = pd.DataFrame([{"nll": 1.0, "task": "boolq", "acc": 1.0}])
     assert paired.scores_of(foreign, ["boolq_acc"]) == {}
+    rolling = pd.DataFrame([{"task": "wikitext", "doc_id": i, "word_perplexity": [-9.0, 4]} for i in range(3)])
+    assert paired.scores_of(rolling, ["wikitext_word_perplexity"]) == {}
     words = pd.DataFrame([{"task": "boolq", "doc_id": i, "acc": v} for i, v in enumerate(("yes", "1", "0"))])
     assert list(paired.scores_of(words, ["boolq_acc"])["boolq_acc"]) == [1.0, 0.0]
 

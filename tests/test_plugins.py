@@ -219,6 +219,39 @@ def test_a_plugin_that_is_no_proper_one_is_named_and_the_others_go_on(
     assert set(plugins.entries("metric")) == {"come", "fine"}
 
 
+PROPERTIES = """
+from dataclasses import dataclass
+@dataclass(frozen=True)
+class Own(CoMe):
+    name = 'own'
+    how: str = 'list'
+    @property
+    def needs(self):
+        return {'list': ['x'], 'set': {'x'}, 'none': None}.get(self.how) if self.how != 'raises' else 1 / 0
+@flexi_plugins.hookimpl
+def importance_metrics():
+    return [Own()]
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("list", r"metric 'own': its needs is a list, expected a frozenset: \['x'\]"),
+        ("none", "metric 'own': its needs is a NoneType, expected a frozenset: None"),
+        ("raises", "metric 'own' failed before anything ran: ZeroDivisionError"),
+    ],
+)
+def test_sets_that_depend_on_options_are_looked_at_with_them(
+    install: Callable[..., None], how: str, message: str
+) -> None:
+    install("own_metric", HEAD + PROPERTIES)
+    plugins = Plugins.load(SMALL)
+    with pytest.raises(FlexiError, match=message):
+        plugins.get("metric", "own", {"how": how})
+    assert plugins.get("metric", "own", {"how": "set"}).needs == {"x"}
+
+
 def test_names_from_the_standard_library_are_not_taken_for_unmarked_hooks(install: Callable[..., None]) -> None:
     install("borrows", "import statistics\n" + good("fine"))
     assert Plugins.load(SMALL).problems == ()

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from pydantic import ValidationError
 from tiny import attached_for, change, close, logits, opened, sharing, tiny, tokens
 from torch import nn
 
@@ -328,6 +329,15 @@ def test_numbers_that_no_text_has_are_refused(name: str, least: int) -> None:
         Training(**{name: least - 1})
 
 
+def test_a_budget_of_less_than_a_window_is_refused() -> None:
+    """Before a search that may take hours."""
+    with pytest.raises(FlexiError, match="training: tokens = 20, expected 32 or more"):
+        Training(length=32, tokens=20)
+    with pytest.raises(ValidationError, match="tokens = 20, expected a window of 32 at least"):
+        TrainingTable(length=32, tokens=20)
+    assert Training(length=32, tokens=0).tokens == 0
+
+
 def test_the_teachers_states_are_those_of_the_original(own: TinyPruner) -> None:
     model, seen = own.model(PruningPlan.identity(own.checkpoint.shape)), []
     for layer in model.model.layers:
@@ -370,6 +380,17 @@ def test_of_instructions_only_the_response_has_a_loss() -> None:
     assert ids == expected
     kept = "".join("_" if label == IGNORED else c for c, label in zip(stream, labels, strict=False))
     assert kept == "______yes|_______no|______mayb"[:30]
+
+
+def test_which_windows_of_instructions_were_for_calibration_cannot_be_told(
+    own: TinyPruner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are packed in another way to train on, so that finding none shared would say nothing."""
+    setting, said = Training(length=16, tokens=160, held_out=5), list[str]()
+    text, _, _ = own.training_texts(setting)
+    monkeypatch.setattr(own.progress, "say", said.append)
+    assert own._calibrated(setting, text, plain=False) == set()
+    assert "cannot be told" in said[0]
 
 
 def test_a_document_is_tokenised_as_a_whole_with_what_begins_a_text() -> None:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 import tomllib
 import warnings
 from dataclasses import replace
@@ -19,7 +20,7 @@ from flexi_plugins.data import BlockShape, Cell, Measurement, ModelShape, Plugin
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.plugins import Plugins
 from flexi_plugins.recovery.course import STOPPED
-from flexi_plugins.report import publish
+from flexi_plugins.report import publish, write_reports
 from flexi_plugins.reports import curves, figures, methods, pareto, ranking
 from flexi_plugins.reports.methods import Methods
 from flexi_plugins.reports.pareto import Pareto
@@ -625,6 +626,60 @@ def test_the_formats_are_plugins():
     }
 
 
+def with_measurements(metric, *measurements):
+    return record(metric, "remove-blocks", measurements=measurements) if metric else dense(measurements=measurements)
+
+
+@pytest.mark.parametrize(
+    ("name", "higher", "values", "order", "by"),
+    [
+        ("gsm8k_exact_match", True, (0.05, 0.45, 0.25), ["saap", "come", "greedy"], "gsm8k_exact_match"),
+        ("my_loss", False, (0.45, 0.05, 0.25), ["saap", "come", "greedy"], "my_loss"),
+        ("rte_acc", True, (0.05, 0.45, 0.25), ["saap", "come", "greedy"], "rte_acc"),
+        ("tokens_per_second@b8", True, (1.0, 3.0, 2.0), ["come", "greedy", "saap"], None),
+    ],
+)
+def test_without_perplexity_and_choices_methods_are_ranked_by_what_there_is(name, higher, values, order, by):
+    made = [
+        with_measurements(metric, Measurement(name, value, higher))
+        for metric, value in zip(("greedy", "saap", "come"), values, strict=True)
+    ]
+    rows = store.rows([with_measurements(None, Measurement(name, 1.0, higher)), *made])
+    found = [r for r in ranking.ranked(rows).to_dict("records") if r["strategy"] == "remove-blocks"]
+    assert [r["metric"] for r in found] == order
+    assert [number for r in found if not math.isnan(number := r["rank"])] == ([1, 2, 3] if by else [])
+    assert (f"Rank: within one ratio, by {by}." in Markdown().render(rows, "demo")) == (by is not None)
+
+
+def test_several_accuracies_rank_by_their_mean():
+    made = [
+        with_measurements(metric, Measurement("rte_acc", a, True), Measurement("wic_acc", b, True))
+        for metric, a, b in (("saap", 0.5, 0.5), ("come", 0.4, 0.9))
+    ]
+    page = markdown([dense(), *made])
+    assert [r["metric"] for r in table(page, "Quality at ratio 0.2")][1:] == ["come", "saap"]
+    alone = markdown(made)
+    assert "Rank: within one ratio, by the mean of all accuracies." in alone
+
+
+def test_models_of_one_seed_that_were_trained_on_other_texts_are_noted():
+    def trained(metric, text, seed=0):
+        return record(metric, "remove-blocks", seed=seed, recovery="lora", options={"training": {"text": text}})
+
+    note = "models of one seed were trained on 2 different texts or selections of text"
+    assert note in markdown([dense(), trained("come", "a"), trained("saap", "b")])
+    assert "different texts" not in markdown([dense(), trained("come", "a"), trained("come", "b", seed=1)])
+
+
+def test_a_gpu_that_some_records_name_makes_them_differ():
+    here, there = record("come", "remove-blocks"), record("saap", "remove-blocks")
+    there = replace(there, versions={**there.versions, "gpu": "H200"})
+    page = markdown([dense(), here, there])
+    assert re.search(r"^- machine: .*no GPU; H200", page, re.MULTILINE)
+    assert "the records differ in gpu" in page
+    assert "differ in" not in markdown([dense(), here])
+
+
 def test_names_are_sorted_into_kinds():
     names = ["python-docs_ppl@512", "boolq_acc", "arc_acc_norm", "average_acc", "arc_choice_logprob", "peak_memory_mib"]
     assert ranking.perplexities(names) == names[:1]
@@ -656,3 +711,22 @@ def test_a_study_is_not_published_to_its_own_folder(tmp_path):
         publish(Plugins.load(), folder, other)
     assert publish(Plugins.load(), folder, tmp_path / "published")
     assert len(list((tmp_path / "published" / "records").iterdir())) == 2
+
+
+def test_a_page_of_an_unfinished_study_says_so(tmp_path):
+    opened = store.Store(tmp_path / "run")
+    made = [dense(), record("come", "remove-blocks"), record("saap", "remove-blocks", status="failed", reason="x")]
+    later = record("flexigpt", "remove-blocks")
+    opened.select(r.cell for r in (*made, later))
+    for one in made:
+        opened.write(one)
+    assert opened.unfinished() == [opened.path(later.cell).stem]
+    pages = [
+        write_reports(Plugins.load(), opened.records(), tmp_path / "run", "run", len(opened.unfinished())),
+        publish(Plugins.load(), tmp_path / "run", tmp_path / "published"),
+    ]
+    for missing, files in zip((1, 2), pages, strict=True):  # what failed is not published
+        text = next(f for f in files if f.name == "LEADERBOARD.md").read_text()
+        assert f"**Note:** {missing} cells of the study have not been run yet, and do not stand here" in text
+    opened.write(later)
+    assert "not been run yet" not in markdown(opened.records())

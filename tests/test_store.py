@@ -20,6 +20,7 @@ from flexi_plugins import store
 from flexi_plugins.data import BlockShape, Cell, Measurement, ModelShape, PluginVersion, PruningPlan, Record
 from flexi_plugins.digests import tensor_digest
 from flexi_plugins.errors import FlexiError
+from flexi_plugins.files import alone
 from flexi_plugins.precision import native_bfloat16
 from flexi_plugins.store import Journal, Store
 
@@ -176,6 +177,8 @@ Store({str(tmp_path)!r}).write(RECORD, DOCUMENTS)
     assert done.returncode == -9, done.stderr
     assert list(tmp_path.rglob("*.tmp")), "the kill came in the middle"
     opened = Store(tmp_path)
+    with alone(tmp_path):
+        pass
     assert not list(tmp_path.rglob("*.tmp"))
     assert opened.get(CELL) is None
     assert opened.records() == []
@@ -189,8 +192,20 @@ def test_temporary_files_of_running_processes_stay(tmp_path):
     (tmp_path / "records").mkdir()
     running = tmp_path / "records" / f"x.json.{os.getppid()}.tmp"
     running.write_text("half")
-    Store(tmp_path)
-    assert running.exists()
+    with alone(tmp_path):
+        assert running.exists()
+
+
+def test_who_does_not_hold_a_folder_leaves_unfinished_files_alone(tmp_path):
+    """A process that is not known here may be one on another host."""
+    for name in ("records", "documents", "plans", "journal"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.json.999999999.tmp").write_text("half")
+    Store(tmp_path).records()
+    Journal(tmp_path).get("p" * 64, "g" * 64)
+    assert len(list(tmp_path.rglob("*.tmp"))) == 4
+    with alone(tmp_path):
+        assert not list(tmp_path.rglob("*.tmp"))
 
 
 @contextlib.contextmanager
@@ -335,8 +350,8 @@ def test_the_journal_clears_itself_and_leftovers(tmp_path):
     journal.put("p" * 64, "g" * 64, [1])
     leftover = tmp_path / "journal" / ("p" * 16) / f"x.json.{os.getpid()}.tmp"
     leftover.write_text("half")
-    Journal(tmp_path)
-    assert not leftover.exists()
+    with alone(tmp_path):
+        assert not leftover.exists()
     journal.clear()
     assert list(tmp_path.iterdir()) == []
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from studies import METRICS, STRATEGIES, make_model, make_study, make_text, plugins_with, run_study, values
@@ -633,7 +634,8 @@ class Judge:
             broken = index == self.stops and self.how == "nan"
             time.sleep(0.1)  # longer than what the study does around it
             try:
-                yield Outcome((Measurement("verdict", math.nan if broken else 1.0, True),))
+                name = "verdict" if self.name == "judge" else f"{self.name}_verdict"
+                yield Outcome((Measurement(name, math.nan if broken else 1.0, True),))
             finally:
                 if index == self.stops and self.how == "cleanup":
                     raise RuntimeError("the judge does not leave")
@@ -701,6 +703,74 @@ def test_an_evaluator_that_breaks_spoils_what_it_did_not_measure(
 
 
 @dataclass(frozen=True)
+class Handing(Judge):
+    """One that hands over whatever it is told to."""
+
+    name: ClassVar[str] = "handing"
+    gives: ClassVar[Any] = None
+
+    def evaluate(self, request: Any) -> Any:
+        return [self.gives] * len(request.candidates)
+
+
+@pytest.mark.parametrize(
+    ("gives", "reason"),
+    [
+        ([Measurement("verdict", 1.0, True)], "expected an Outcome of Measurements for every candidate, found '[Meas"),
+        (Outcome((1.0,)), "expected an Outcome of Measurements for every candidate, found 'Outcome("),  # type: ignore[arg-type]
+        (Outcome(documents=("said",)), "expected documents that are mappings, found"),  # type: ignore[arg-type]
+        (Outcome(versions={"task": Path("v1")}), "Object of type PosixPath is not JSON serializable"),  # type: ignore[dict-item]
+    ],
+)
+def test_an_evaluator_that_gives_something_else_fails_its_cells_by_name(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gives: Any, reason: str
+) -> None:
+    monkeypatch.setattr(Handing, "gives", gives)
+    file = make_study(tmp_path / "s.toml", model, text, end=JUDGE.replace("judge", "handing"))
+    records = run_study(file, tmp_path / "run", plugins_with(evaluators=[Handing()]))
+    assert all(r.reason.startswith(f"handing: TypeError: {reason}") for r in records)
+    assert all(r.measurements for r in records), "the other evaluator went on"
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = Measurement("verdict", np.float32(0.5), np.bool_(True), torch.tensor(0.25))  # type: ignore[arg-type]
+    monkeypatch.setattr(Handing, "gives", Outcome((given,)))
+    file = make_study(tmp_path / "s.toml", model, text, end=JUDGE.replace("judge", "handing"))
+    records = run_study(file, tmp_path / "run", plugins_with(evaluators=[Handing()]))
+    assert {r.measurements[-1] for r in records} == {Measurement("verdict", 0.5, True, 0.25)}
+
+
+def test_a_name_that_two_evaluators_use_is_an_error(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Handing, "gives", Outcome((Measurement("verdict", 0.5, True),)))
+    file = make_study(tmp_path / "s.toml", model, text, end=JUDGE.replace("judge", "handing") + JUDGE)
+    records = run_study(file, tmp_path / "run", plugins_with(evaluators=[Handing(), Judge()]))
+    reason = "verdict: 2 evaluators give a number of this name; put one of them into a study of its own"
+    assert {r.reason for r in records} == {reason}
+
+
+@dataclass(frozen=True)
+class Idle(RemoveBlocks):
+    """A strategy that leaves everything as it is."""
+
+    name: ClassVar[str] = "idle"
+
+    def plan(self, request: Any) -> PruningPlan:
+        return PruningPlan.identity(request.shape)
+
+
+def test_a_plan_above_its_budget_is_not_ranked_with_those_that_meet_it(model: Path, text: Path, tmp_path: Path) -> None:
+    file = make_study(tmp_path / "s.toml", model, text, ["come"], ["idle"])
+    dense, idle = run_study(file, tmp_path / "run", plugins_with(replacement_strategies=[Idle()]))
+    assert (dense.status, idle.status) == ("complete", "failed")
+    said = r"strategy 'idle' at ratio 0\.2: expected at most [\d,]+ stored parameters, found [\d,]+"
+    assert re.fullmatch(said, idle.reason)
+
+
+@dataclass(frozen=True)
 class Slow(Judge):
     """One whose every outcome took long, and which is stopped."""
 
@@ -736,7 +806,7 @@ def test_what_an_evaluator_gave_is_kept_after_a_kill(
     records = run_study(file, tmp_path / "run", plugins)
     assert Slow.asked == [3, 2]
     assert {r.status for r in records} == {"complete"}
-    assert all({"verdict"} < {m.name for m in r.measurements} for r in records)
+    assert all({"verdict", "slow_verdict"} < {m.name for m in r.measurements} for r in records)
     documents = Store(tmp_path / "run").documents(records[0].cell)
     assert len(documents[documents["evaluator"] == "slow"]) == 1
     assert not (tmp_path / "run" / "journal").exists()

@@ -154,8 +154,18 @@ def falling(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("micro", [1, 2, 4])
-def test_a_step_is_adamw_on_the_mean_over_all_targets_of_its_windows(tmp_path: Path, micro: int) -> None:
+def test_a_step_is_adamw_on_the_mean_over_all_targets_of_its_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro: int
+) -> None:
     """However they are cut into micro-batches, and although their windows have different numbers of targets."""
+    gradients, step = list[float](), torch.optim.AdamW.step
+
+    def noting(self: torch.optim.AdamW, *given: Any) -> Any:  # AdamW itself does not depend on a gradient's scale
+        own = [p.grad for group in self.param_groups for p in group["params"]]
+        gradients.append(float(torch.nn.utils.get_total_norm(own)))
+        return step(self, *given)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noting)
     given = text(4)
     labels = given.ids.clone()
     for row, prompt in enumerate((0, 9, 4, 7)):
@@ -174,6 +184,8 @@ def test_a_step_is_adamw_on_the_mean_over_all_targets_of_its_windows(tmp_path: P
     loss = reference(input_ids=given.ids, labels=labels).loss
     loss.backward()
     assert trained.curve[-1]["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
+    whole = [p.grad for p in reference.parameters() if p.grad is not None]
+    assert gradients == pytest.approx([float(torch.nn.utils.get_total_norm(whole))], rel=1e-5)
     for name, parameter in reference.named_parameters():
         assert parameter.grad is not None
         before = parameter.detach()

@@ -73,7 +73,7 @@ class LlmStreamline:
 
     def reach(self, shape: ModelShape) -> float:
         """Return the ratio of removing every block that may go (at least one stays)."""
-        return removable_share(shape, self.protect_first, self.protect_last)
+        return removable_share(shape, self.protect_first, self.protect_last, together=True)
 
     def plan(self, request: PruningRequest) -> PruningPlan:
         """Remove the run of as many blocks as the ratio, or ``blocks``, asks for."""

@@ -10,13 +10,17 @@ documents' lengths, and tokens attend to what of the document before is in their
 from __future__ import annotations
 
 import random
+from array import array
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flexi_plugins.corpora.windows import token_windows
 from flexi_plugins.data import digest
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.hookspecs import IGNORED, Corpus, TrainingText
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def training_text(
@@ -34,26 +38,33 @@ def training_text(
         ids = torch.tensor(windows)
         return TrainingText(ids, ids.clone()), found
     pairs = _packed(corpus, split, data, tokenizer, marker)
-    if len(pairs) < count * length:
+    cut = pairs[: len(pairs) // length * length].view(-1, length, 2)
+    if len(cut) < count:
         raise FlexiError(
             f"corpus {corpus.name!r}, {split} part: expected at least {count} windows of {length} tokens, found "
             f"{len(pairs)} tokens; ask for fewer or shorter ones"
         )
-    windows_of_pairs = [pairs[i : i + length] for i in range(0, len(pairs) - length + 1, length)]
-    chosen = random.Random(seed).sample(windows_of_pairs, len(windows_of_pairs))
-    table = torch.tensor(chosen[:count])  # (windows, tokens, 2)
+    order = random.Random(seed).sample(range(len(cut)), len(cut))
+    table = cut[order[:count]].long()  # (windows, tokens, 2)
     return TrainingText(table[..., 0].contiguous(), table[..., 1].contiguous()), digest(table.tolist())
 
 
-def _packed(corpus: Corpus, split: str, data: Path | None, tokenizer: Any, marker: str) -> list[tuple[int, int]]:
-    """Return (token id, label) of all documents with a response, one behind the other; raise where none has one."""
+def _packed(corpus: Corpus, split: str, data: Path | None, tokenizer: Any, marker: str) -> Tensor:
+    """Return token ids and labels of all documents with a response, one behind the other, (tokens, 2) int32.
+
+    Raise where no document has one.
+    """
+    import torch
+
     if tokenizer.eos_token_id is None:
         raise FlexiError(f"corpus {corpus.name!r}: the tokenizer has no end-of-text token to put behind a document")
-    labelled = (_labelled(text, tokenizer, marker) for text in corpus.texts(split, data))
-    pairs = [pair for document in labelled for pair in document]
+    pairs = array("i")  # a list of tuples would take a gigabyte for ten million tokens
+    for text in corpus.texts(split, data):
+        for pair in _labelled(text, tokenizer, marker):
+            pairs.extend(pair)
     if not pairs:
         raise FlexiError(f"corpus {corpus.name!r}, {split} part: no document has a response behind {marker!r}")
-    return pairs
+    return torch.frombuffer(pairs, dtype=torch.int32).view(-1, 2)
 
 
 def _labelled(text: str, tokenizer: Any, marker: str) -> list[tuple[int, int]]:

@@ -80,6 +80,16 @@ def check_tasks(names: Iterable[str]) -> list[str]:
     return _unknown_tasks(others, known_tasks()) if others else []
 
 
+def check_files(names: Iterable[str], data: Path | None) -> None:
+    """Raise where there is a local file of a task that cannot be read from one: the hub's would be taken unsaid."""
+    found = [str(local_file(name, data)) for name in _beyond_local(names) if data and local_file(name, data).exists()]
+    if found:
+        raise FlexiError(
+            f"evaluator 'lm-eval': found {', '.join(found)}, and local files are read of {', '.join(LOCAL)} alone; move it "
+            "away to take the hub's"
+        )
+
+
 def _beyond_local(names: Iterable[str]) -> list[str]:
     return [name for name in names if name not in LOCAL and name != docs_cloze.NAME]
 
@@ -147,7 +157,7 @@ def _load(manager: Any, name: str, data: Path | None, num_fewshot: int | None) -
     path = local_file(name, data)
     if path.is_file() and name in LOCAL:
         return _load_local(manager, name, path, num_fewshot)
-    if data and name in LOCAL:
+    if data:
         from_the_hub(f"task {name!r}", path)
     try:
         with quick_hub():

@@ -35,6 +35,11 @@ class Perplexity:
     def evaluate(self, request: EvaluationRequest) -> Iterable[Outcome]:
         """Return the perplexity of each candidate, and the loss of each window."""
         self.check()
+        if request.max_length and self.window > request.max_length:
+            raise FlexiError(
+                f"evaluator 'perplexity': the model has positions for {request.max_length:,} tokens, found windows of "
+                f"{self.window:,}; set window to {request.max_length} or less"
+            )
         corpus = find_corpus(self.corpus, request.corpora)
         count = None if self.tokens == "all" else self.tokens // self.window
         windows, _ = token_windows(corpus, "held-out", request.data, request.tokenizer, self.window, count)

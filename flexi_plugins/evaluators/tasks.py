@@ -45,6 +45,7 @@ class LmEval:
 
     def inputs(self, data: Path | None, corpora: Mapping[str, Corpus]) -> str:
         """Return a digest of the local files of the tasks, and of the text that docs_cloze is built from."""
+        harness.check_files(self.tasks, data)
         read = {t: file_digest(harness.local_file(t, data)) for t in self.tasks}
         if docs_cloze.NAME in self.tasks:
             read[docs_cloze.NAME] = text_digest(corpora["python-docs"], "held-out", data)

@@ -42,6 +42,27 @@ class Trained:
         return Recovered(replaced(request.model, tensors, request.seed), self.curve, self.facts, self.notes)
 
 
+def together(courses: Sequence[Trained]) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """Return the curve and the facts of trainings one behind the other.
+
+    Their tokens are summed, and those of the curve count on; all other facts are the last one's.
+    """
+    curve, done, before = list[dict[str, float]](), 0.0, 0.0
+    for course in courses:
+        before = done if course.curve else before
+        curve += [{**point, "tokens": point["tokens"] + done} for point in course.curve]
+        done = curve[-1]["tokens"] if curve else 0.0
+    last = [course.facts for course in courses if course.facts][-1:]
+    facts = dict(last[0]) if last else {}
+    if len(courses) > 1:
+        if "trained_tokens" in facts:
+            facts["trained_tokens"] = sum(c.facts.get("trained_tokens", 0) for c in courses)
+        if "kept_tokens" in facts:
+            facts["kept_tokens"] += before
+        facts |= {"trainings": sum(bool(c.curve) for c in courses), "tokens_before_last": before}
+    return curve, facts
+
+
 class Monitor:
     """What one training counts, says and stops for."""
 

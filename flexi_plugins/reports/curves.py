@@ -21,7 +21,7 @@ DASHES = ("-", "--", ":", "-.")
 WIDE = 2.0  # times the lowest loss: from there on the scale is logarithmic
 KINDS = (
     ("held_out_loss", "held-out loss (nats a token)"),
-    ("held_out_block_loss", "held-out loss of blocks trained apart (sum)"),
+    ("held_out_block_loss", "held-out loss of blocks trained apart (sum; of each method's own kind)"),
     ("loss", "training loss (of each method's own kind)"),
 )
 

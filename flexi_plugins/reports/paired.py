@@ -140,7 +140,8 @@ def scores_of(documents: pd.DataFrame, names: Sequence[str]) -> Scores:
     """Return the numbers of single windows and documents that make up these measurements.
 
     A window's is its loss, nats a token, and makes CORPUS_ppl@TOKENS; that of a task's document is in a column of its own, and
-    makes TASK_COLUMN, or TASK_COLUMN_FILTER. What makes a task's perplexity is, with lm-eval, a log-likelihood.
+    makes TASK_COLUMN, or TASK_COLUMN_FILTER. What makes a task's perplexity is, with lm-eval, a log-likelihood, and a loss in
+    nats with all other evaluators.
     """
     import pandas as pd
 
@@ -157,8 +158,9 @@ def scores_of(documents: pd.DataFrame, names: Sequence[str]) -> Scores:
                 name = f"{task}_{column}" + (f"_{rule}" if rule else "")
                 if name in names:
                     found = pd.to_numeric(group.set_index("doc_id")[column], errors="coerce").dropna()
-                    scores[name] = -found if ranking.perplexities([name]) else found
-    return {name: found for name, found in scores.items() if name in names and found.index.is_unique}
+                    of_harness = "evaluator" not in group or group["evaluator"].str.startswith("lm-eval").all()
+                    scores[name] = -found if of_harness and ranking.perplexities([name]) else found
+    return {name: found for name, found in scores.items() if name in names and len(found) and found.index.is_unique}
 
 
 def _differences(scores: Scores, reference: Scores) -> dict[str, Difference]:

@@ -25,14 +25,16 @@ def report_formats() -> list[ReportFormat]:
 
 @dataclass(frozen=True)
 class Pareto:
-    """Perplexity (log scale; else choice_logprob) against stored parameters: colour is metric, marker is strategy."""
+    """Perplexity (log scale; else a score of tasks) against stored parameters: colour is metric, marker is strategy."""
 
     name: ClassVar[str] = "pareto"
     filename: ClassVar[str] = "pareto.svg"
 
     def render(self, rows: pd.DataFrame, title: str) -> str:
         """Render the finished rows as SVG text."""
-        order = ranking.quality_order(ranking.measured(rows))
+        names = ranking.measured(rows)
+        known = {*ranking.perplexities(names), *ranking.choices(names), *ranking.accuracies(names)}
+        order = [name for name in ranking.quality_order(names) if name in known]
         with figures.settings():
             return figures.svg(_figure(_points(rows, order[0]) if order else [], order[0] if order else "", title))
 
@@ -55,7 +57,14 @@ def _figure(points: Sequence[Row], quality: str, title: str) -> Any:
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
     axes.set_xlabel("stored parameters (millions)")
     if not points:
-        axes.text(0.5, 0.5, "no finished cell with a perplexity yet", ha="center", transform=axes.transAxes, color=GREY)
+        axes.text(
+            0.5,
+            0.5,
+            "no finished cell with a perplexity or a score of tasks yet",
+            ha="center",
+            transform=axes.transAxes,
+            color=GREY,
+        )
         return figure
     shown = _on_scale(points, quality)
     _draw_axes(axes, shown, quality)

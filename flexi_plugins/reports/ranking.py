@@ -52,7 +52,7 @@ def methods(rows: pd.DataFrame) -> list[Row]:
     names = measured(rows)
     complete = (r for r in rows.to_dict("records") if r["status"] == "complete")
     found = [_together(group, names) for group in _groups(complete)]
-    _rank(found, quality_order(names))
+    _rank(found, quality_order(names), rows.attrs.get("higher_is_better", {}))
     _tell_apart(found, option_values(rows))
     return found
 
@@ -95,8 +95,12 @@ def speeds(names: Iterable[str]) -> list[str]:
 
 
 def quality_order(names: Sequence[str]) -> list[str]:
-    """Return what methods are ranked by: the first perplexity, then the choice log-probabilities (their mean)."""
-    return [*perplexities(names)[:1], *choices(names)]
+    """Return what methods are ranked by: the first perplexity, then the choice log-probabilities (their mean).
+
+    Without either it is an average of accuracies, else the accuracies (their mean), else the first number that is no speed.
+    """
+    others = [averages(names)[:1], accuracies(names), [n for n in names if n not in speeds(names)][:1]]
+    return [*perplexities(names)[:1], *choices(names)] or next((found for found in others if found), [])
 
 
 def rank_group(row: Mapping[Any, Any]) -> tuple[float, float]:
@@ -134,6 +138,16 @@ def flat_options(text: Any) -> dict[str, str]:
             found[prefix] = value if isinstance(value, str) else json.dumps(value)
 
     walk("", json.loads(text) if isinstance(text, str) and text else {})
+    return found
+
+
+def training_texts(rows: pd.DataFrame) -> dict[tuple[str, int], set[str]]:
+    """Return the digests of the text that models and seeds were trained on, where they say it."""
+    found: dict[tuple[str, int], set[str]] = {}
+    for row in rows.to_dict("records"):
+        options = json.loads(row["options"]) if isinstance(row["options"], str) and row["options"] else {}
+        if text := options.get("training", {}).get("text"):
+            found.setdefault((row["model"], row["seed"]), set()).add(text)
     return found
 
 
@@ -184,12 +198,16 @@ def _together(group: Sequence[Row], names: Sequence[str]) -> Row:
     return row
 
 
-def _rank(methods: list[Row], order: Sequence[str]) -> None:
-    """Sort by model, ratio and quality, and number the methods of each model and ratio; dense has no number."""
-    first, choice = [n for n in order if n in perplexities(order)], choices(order)
+def _rank(methods: list[Row], order: Sequence[str], higher_is_better: Mapping[str, bool]) -> None:
+    """Sort by model, ratio and quality, and number the methods of each model and ratio; dense has no number.
+
+    Where there is nothing to rank by, no method has one.
+    """
+    first = perplexities(order)
+    signs = {n: -1 if higher_is_better.get(n, True) else 1 for n in order if n not in first}
 
     def key(row: Row) -> tuple[Any, ...]:
-        quality = [number(row, n) for n in first] + [-sum(number(row, n) for n in choice)]
+        quality = [number(row, n) for n in first] + [sum(sign * number(row, n) for n, sign in signs.items())]
         known = (math.inf if math.isnan(q) else q for q in quality)
         equal = (
             str(row[name]) for name in ("metric", "strategy", "recovery", "options")
@@ -199,7 +217,7 @@ def _rank(methods: list[Row], order: Sequence[str]) -> None:
     methods.sort(key=key)
     counts: dict[Any, int] = {}
     for row in methods:
-        if not is_dense(row):
+        if order and not is_dense(row):
             group = (row["model"], rank_group(row))
             row["rank"] = counts[group] = counts.get(group, 0) + 1
 

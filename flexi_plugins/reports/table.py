@@ -140,6 +140,8 @@ def _caveats(rows: pd.DataFrame, done: Sequence[Row], names: Sequence[str]) -> l
     several = any(" " in r["seeds"] for r in done)
     without = sum(status != "complete" for status in rows["status"])
     changed = any("changes" in c for c in context.get("commits", ()))
+    unfinished = context.get("unfinished", 0)
+    most = max((len(texts) for texts in ranking.training_texts(rows).values()), default=0)
     said = [
         (
             f"{lost} of {len(compared)} accuracies are not two standard errors above guessing (marked `~`): "
@@ -148,12 +150,14 @@ def _caveats(rows: pd.DataFrame, done: Sequence[Row], names: Sequence[str]) -> l
         ),
         (f"the records differ in {', '.join(mixed)}: compare speeds and small differences with care", mixed),
         ("some records were made with changes that are not committed", changed),
+        (f"models of one seed were trained on {most} different texts or selections of text", most > 1),
         *(
             (f"{_label(r)} was not trained as it was to be: {one_line(r['recovery_shortfall'])}", True)
             for r in done
             if isinstance(r.get("recovery_shortfall"), str)
         ),
         ("one seed: how far results vary between seeds is not shown", done and not several),
+        (f"{unfinished} cells of the study have not been run yet, and do not stand here", unfinished),
         (f"{without} of {len(rows)} cells have no result; they stand at the end with the reason", without),
     ]
     return [f"**Note:** {text}" for text, holds in said if holds]
@@ -333,7 +337,10 @@ def _heading(name: str) -> str:
 
 def _explanation(names: Sequence[str]) -> list[str]:
     order = ranking.quality_order(names)
-    by = " then ".join([*ranking.perplexities(order), *(["choice_logprob"] if ranking.choices(order) else [])])
+    choices = ranking.choices(order)
+    others = [name for name in order if name not in (*ranking.perplexities(order), *choices)]
+    rest = ["the mean of all accuracies"] if len(others) > 1 else others
+    by = " then ".join([*ranking.perplexities(order), *(["choice_logprob"] if choices else []), *rest])
     said = [
         (f"Rank: within one ratio, by {by}.", by),
         (SIZES_EXPLAINED, True),

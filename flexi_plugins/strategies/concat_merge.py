@@ -239,7 +239,7 @@ def _done(plan: PruningPlan) -> int:
 
 def _neighbours(shape: ModelShape) -> list[int]:
     """Return every i whose block can be concatenated with block i + 1."""
-    kinds = [(b.head_dim, b.group, b.attention_type) for b in shape.blocks]
+    kinds = [(b.head_dim, b.group, b.attention_type, b.kv_heads > 0, b.channels > 0) for b in shape.blocks]
     return [i for i in range(len(kinds) - 1) if kinds[i] == kinds[i + 1]]
 
 

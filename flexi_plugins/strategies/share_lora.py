@@ -155,13 +155,18 @@ class ShareLora:
         """Return gamma of both sub-layers of every sharing block: (hidden,), in the weights' dtype."""
         import torch
 
-        donors = {p: r.shares for p, r in enumerate(request.plan.blocks) if r.shares is not None}
+        plan = request.plan
+        donors = {p: r.shares for p, r in enumerate(plan.blocks) if r.shares is not None}
         known = next(iter(adapters.values()), None)
-        like = linear_map(request.weights, next(iter(donors.values())), "down") if known is None else known
+        if known is None:
+            donor = next(iter(donors.values()))
+            known = linear_map(request.weights, donor, next(iter(plan.shape.maps(plan.shape.blocks[donor]))))
+        widths = {position: plan.block_shape(plan.blocks[position]) for position in donors}
         return {
-            f"blocks.{position}.{part}.output_norm": torch.full((request.plan.shape.hidden,), gain, dtype=like.dtype)
-            for position in donors
-            for part in ("attention", "mlp")
+            f"blocks.{position}.{part}.output_norm": torch.full((plan.shape.hidden,), gain, dtype=known.dtype)
+            for position, width in widths.items()
+            for part, there in (("attention", width.kv_heads), ("mlp", width.channels))
+            if there
         }
 
 
