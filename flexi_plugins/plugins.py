@@ -21,7 +21,7 @@ from flexi_plugins import hookspecs
 from flexi_plugins.data import Family, PluginVersion
 from flexi_plugins.errors import FlexiError, unknown
 
-SETS = ("gives", "wants", "needs")  # attributes of plugins that are sets of names
+SETS = frozenset({"gives", "wants", "needs"})  # attributes of plugins that are sets of names
 BUILT_IN = (
     "flexi_plugins.families.llama",
     "flexi_plugins.metrics.flexigpt",
@@ -259,16 +259,21 @@ def shape_problem(kind: str, value: Any) -> str | None:
         return f"a {kind} is an instance of a frozen dataclass, whose fields are its options"
     if not isinstance(getattr(value, "name", None), str) or not value.name.strip():
         return f"a {kind} needs a `name`"
-    contract = CONTRACTS[kind]
-    promised = {n for n in (*vars(contract), *contract.__annotations__) if not n.startswith("_")}
+    contract, promised = CONTRACTS[kind], _promised(kind)
     missing = sorted(n for n in promised if inspect.getattr_static(value, n, contract) is contract)
     if missing:
         return f"it has no {', '.join(missing)} (see hookspecs.{contract.__name__})"
-    for attribute in SETS:
+    for attribute in sorted(promised & SETS):
         found = inspect.getattr_static(value, attribute, None)
         if isinstance(found, list | tuple | str):
             return f"its {attribute} is a {type(found).__name__}, expected a frozenset: {found!r}"
     return None
+
+
+def _promised(kind: str) -> set[str]:
+    """Return the names of what an object of a kind has."""
+    contract = CONTRACTS[kind]
+    return {n for n in (*vars(contract), *contract.__annotations__) if not n.startswith("_")}
 
 
 def told(error: BaseException) -> str:
@@ -358,7 +363,7 @@ def with_options(kind: str, value: Any, options: Mapping[str, Any]) -> Any:
 
 def _check_sets(kind: str, value: Any) -> None:
     """Raise where what a plugin says by properties, which may depend on its options, are no sets of names."""
-    for attribute in SETS:
+    for attribute in sorted(_promised(kind) & SETS):
         with named(kind, value.name):
             found: Any = getattr(value, attribute, frozenset())
         if not isinstance(found, Set):

@@ -575,8 +575,8 @@ class Weak(RemoveBlocks):
 
     def plan(self, request: Any) -> PruningPlan:
         made = PruningPlan.identity(request.shape)
-        shared = BlockRecipe(made.blocks[1].parts, shares=0, rank=1)
-        return PruningPlan(made.shape, (made.blocks[0], shared, *made.blocks[2:]))
+        shared = (BlockRecipe(made.blocks[i].parts, shares=0, rank=1) for i in (1, 2, 3))
+        return PruningPlan(made.shape, (made.blocks[0], *shared, *made.blocks[4:]))
 
     def tensors(self, request: Any) -> dict[str, torch.Tensor]:
         from flexi_plugins.strategies.share_lora import ShareLora
@@ -716,7 +716,7 @@ class Handing(Judge):
 @pytest.mark.parametrize(
     ("gives", "reason"),
     [
-        ([Measurement("verdict", 1.0, True)], "expected an Outcome of Measurements for every candidate, found '[Meas"),
+        ([Measurement("verdict", 1.0, True)], 'expected an Outcome of Measurements for every candidate, found "[Meas'),
         (Outcome((1.0,)), "expected an Outcome of Measurements for every candidate, found 'Outcome("),  # type: ignore[arg-type]
         (Outcome(documents=("said",)), "expected documents that are mappings, found"),  # type: ignore[arg-type]
         (Outcome(versions={"task": Path("v1")}), "Object of type PosixPath is not JSON serializable"),  # type: ignore[dict-item]
