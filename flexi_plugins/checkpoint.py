@@ -230,7 +230,7 @@ class Checkpoint:
         return self.cached("fingerprint", self._fingerprint)
 
     def sample_digest(self) -> str:
-        """SHA-256 of some weights in bfloat16, vectors and a map of the first and the last block: whatever the file's form."""
+        """SHA-256 of a sample of the weights: quick, and the same for the same model in other files or another dtype."""
         return self.cached("sample", self._sample_digest)
 
     def _sample_digest(self) -> str:

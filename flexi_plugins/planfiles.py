@@ -44,7 +44,7 @@ def read_plan(path: Path, pruner: Pruner) -> Planned:
         raise FlexiError(f"plan file {str(path)!r}: {error}") from None
     if made.shape != pruner.checkpoint.shape:
         raise FlexiError(f"plan file {str(path)!r} was made for a model of another shape than {pruner.checkpoint.name}")
-    elsewhere = made.origin.get("weights", here := pruner.checkpoint.sample_digest()) != here
+    elsewhere = made.origin.get("weights") not in (None, pruner.checkpoint.sample_digest())
     if made.tensors and tensors_file(path).is_file():
         if elsewhere:
             raise FlexiError(

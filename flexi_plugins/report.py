@@ -87,7 +87,7 @@ def publish(plugins: Plugins, source: Path, target: Path) -> list[Path]:
     for record in records:
         store.write(record)
     missing = len(opened.unfinished()) + len(found) - len(records)
-    return write_reports(plugins, records, target, source.name, missing)
+    return write_reports(plugins, records, target, source.resolve().name, missing)
 
 
 def write_paired(

@@ -121,15 +121,18 @@ class Store:
 
         What is not a whole record goes to ``problems``.
         """
-        chosen = self._parsed(self.folder / "study.json", lambda value: set(value["records"]), "list of records")
+        chosen = self._chosen()
         paths = sorted((self.folder / "records").glob("*.json"))
         found = (self._read(path) for path in paths if chosen is None or path.stem in chosen)
         return [record for record in found if record is not None]
 
     def unfinished(self) -> list[str]:
         """Return the names of the study's cells that have no record yet."""
-        chosen = self._parsed(self.folder / "study.json", lambda value: set(value["records"]), "list of records")
-        return sorted(name for name in chosen or () if not (self.folder / "records" / f"{name}.json").exists())
+        return sorted(name for name in self._chosen() or () if not (self.folder / "records" / f"{name}.json").exists())
+
+    def _chosen(self) -> set[str] | None:
+        """Return the names of the study's records; None where the folder does not say them."""
+        return self._parsed(self.folder / "study.json", lambda value: set(value["records"]), "list of records")
 
     def documents(self, cell: Cell) -> pd.DataFrame:
         """Return the per-document outcomes of a cell, one row a document and evaluator; empty if there are none."""
