@@ -727,6 +727,6 @@ def test_a_page_of_an_unfinished_study_says_so(tmp_path):
     ]
     for missing, files in zip((1, 2), pages, strict=True):  # what failed is not published
         text = next(f for f in files if f.name == "LEADERBOARD.md").read_text()
-        assert f"**Note:** {missing} cells of the study have not been run yet, and do not stand here" in text
+        assert f"**Note:** {missing} cells of the study have no finished record yet, and do not stand here" in text
     opened.write(later)
-    assert "not been run yet" not in markdown(opened.records())
+    assert "no finished record yet" not in markdown(opened.records())

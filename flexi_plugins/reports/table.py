@@ -157,7 +157,7 @@ def _caveats(rows: pd.DataFrame, done: Sequence[Row], names: Sequence[str]) -> l
             if isinstance(r.get("recovery_shortfall"), str)
         ),
         ("one seed: how far results vary between seeds is not shown", done and not several),
-        (f"{unfinished} cells of the study have not been run yet, and do not stand here", unfinished),
+        (f"{unfinished} cells of the study have no finished record yet, and do not stand here", unfinished),
         (f"{without} of {len(rows)} cells have no result; they stand at the end with the reason", without),
     ]
     return [f"**Note:** {text}" for text, holds in said if holds]
