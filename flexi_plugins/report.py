@@ -26,7 +26,7 @@ def board_of(plugins: Plugins, folder: Path) -> Path:
 def write_reports(
     plugins: Plugins, records: Sequence[Record], folder: Path, title: str, unfinished: int = 0
 ) -> list[Path]:
-    """Render every report format into the study's folder; return the files. unfinished: cells that have no finished record yet."""
+    """Render every report format into the study's folder; return the files. unfinished: cells without a finished record."""
     if not records:
         raise FlexiError(f"report: {folder} holds no record of this study; run it first")
     frame = rows(records)
