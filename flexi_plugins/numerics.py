@@ -25,6 +25,11 @@ def pieces(length: int, width: int, least: int = 1) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, max(1, length), step))
 
 
+def all_finite(values: Tensor) -> bool:
+    """Return whether no value is NaN or infinite: by the ends of their range, many times as fast as one by one."""
+    return not values.numel() or all(bool(end.isfinite()) for end in values.detach().aminmax())
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """Return the matrix product a @ b of (rows, inner) and (inner, columns) in float32.
 

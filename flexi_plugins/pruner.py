@@ -39,6 +39,7 @@ from flexi_plugins.hookspecs import (
 )
 from flexi_plugins.machine import FREE_SHARE, Machine, free_memory
 from flexi_plugins.models import open_model
+from flexi_plugins.numerics import all_finite
 from flexi_plugins.plugins import Plugins, check_compatible, named, options_json, options_of, own_knob
 from flexi_plugins.precision import products
 from flexi_plugins.progress import Progress
@@ -345,7 +346,7 @@ class Pruner:
         )
         made = strategy.tensors(request)
         for name, tensor in made.items():
-            if not bool(tensor.isfinite().all()):
+            if not all_finite(tensor):
                 raise FlexiError(f"strategy {strategy.name!r}: its tensor {name!r} is not finite (NaN or infinity)")
         attached = {**planned.attached, **{name: tensor.cpu() for name, tensor in made.items()}}
         return Planned(with_digests(plan, attached), attached)
@@ -577,9 +578,8 @@ class Pruner:
     def model(self, plan: PruningPlan | Planned, dtype: str | None = None) -> nn.Module:
         """Return a plan's model in memory, a transformers model; unchanged weights are shared with the original."""
         planned = self.attach(plan) if isinstance(plan, PruningPlan) else plan
-        return build_model(
-            planned.plan, self.checkpoint, planned.attached, None if dtype is None else self.machine.dtype(dtype)
-        )
+        stored = None if dtype is None else self.machine.dtype(dtype)
+        return build_model(planned.plan, self.checkpoint, planned.attached, stored)
 
     def write(self, plan: PruningPlan | Planned, folder: Path | str) -> None:
         """Write a plan's model as a checkpoint folder."""

@@ -11,6 +11,7 @@ from flexi_plugins.checkpoint import Checkpoint
 from flexi_plugins.data import PruningPlan
 from flexi_plugins.errors import FlexiError
 from flexi_plugins.execution.sweep import Planned
+from flexi_plugins.numerics import all_finite
 from flexi_plugins.rewrite import with_digests
 
 
@@ -35,7 +36,7 @@ def planned_of(model: nn.Module, planned: Planned, before: Mapping[str, Tensor],
         raise FlexiError(f"recovery: tensor {lost[0]!r} was changed, and a plan has no place for it; leave it as it is")
     changed = {places[name]: tensor for name, tensor in moved.items() if name in places}
     for name, tensor in changed.items():
-        if not bool(tensor.isfinite().all()):
+        if not all_finite(tensor):
             raise FlexiError(f"recovery: the trained tensor {name!r} is not finite (NaN or infinity)")
     attached = {**planned.attached, **{n: t.detach().clone() for n, t in changed.items()}}
     own: dict[int, set[str]] = {}

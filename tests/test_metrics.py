@@ -24,7 +24,15 @@ from flexi_plugins.execution.sweep import Planned
 from flexi_plugins.hookspecs import BlockTrace, Budget, GradientTrace, LinearTrace, PruningRequest
 from flexi_plugins.metrics import come, flexigpt, saap
 from flexi_plugins.metrics.greedy import Greedy
-from flexi_plugins.numerics import absolute_sum, one_minus_cosine, pieces, product, row_distance, standardise
+from flexi_plugins.numerics import (
+    absolute_sum,
+    all_finite,
+    one_minus_cosine,
+    pieces,
+    product,
+    row_distance,
+    standardise,
+)
 from flexi_plugins.plugins import Plugins
 from flexi_plugins.testing.bench import TinyPruner
 
@@ -641,6 +649,18 @@ def test_products_and_absolute_sums_are_float32(dtype):
     assert product(a, b).dtype == absolute_sum(a).dtype == torch.float32
     assert close(product(a, b).double(), a.double() @ b.double(), 1e-5 if dtype == torch.float32 else 2.0**-8)
     assert close(absolute_sum(a).double(), a.double().abs().sum(0), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_value_that_is_not_finite_is_found_wherever_it_stands(dtype):
+    largest = torch.finfo(dtype).max
+    assert all_finite(torch.zeros(0, 3, dtype=dtype))
+    assert all_finite(torch.tensor([largest, -largest, 0.0], dtype=dtype))
+    for broken in (math.nan, math.inf, -math.inf):
+        for place in (0, 517, 1000):
+            values = drawn(7, 143, dtype=dtype).flatten()
+            values[place] = broken
+            assert not all_finite(values.reshape(7, 143))
 
 
 def test_products_of_float16_do_not_overflow():
