@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from flexi_plugins.precision import widens
 
@@ -28,6 +30,47 @@ def pieces(length: int, width: int, least: int = 1) -> Iterator[slice]:
 def all_finite(values: Tensor) -> bool:
     """Return whether no value is NaN or infinite: by the ends of their range, many times as fast as one by one."""
     return not values.numel() or all(bool(end.isfinite()) for end in values.detach().aminmax())
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, ignored: int = -100) -> Tensor:
+    """Return the summed cross-entropy of (rows, vocabulary) logits and (rows,) labels, nats: (), float32.
+
+    It is ``torch.nn.functional.cross_entropy`` piece by piece: a float32 copy of all logits, their log-probabilities and
+    their gradient, which that one writes, take longer than what they are for, and gigabytes where the vocabulary is large.
+    Here only the gradient is written, in the dtype of the logits. It has no derivative of its own.
+    """
+    return _CrossEntropy.apply(logits, labels, ignored)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, ignored: int) -> Tensor:
+        ctx.save_for_backward(logits, labels)
+        ctx.ignored = ignored
+        losses = torch.empty(len(logits), device=logits.device)
+        for part in _pieces_of_logits(logits):
+            losses[part] = functional.cross_entropy(
+                logits[part].float(), labels[part], ignore_index=ignored, reduction="none"
+            )
+        return losses.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """Return the probabilities, less one at the label, times the gradient of the sum."""
+        logits, labels = ctx.saved_tensors
+        weights, found = labels.ne(ctx.ignored)[:, None] * gradient, torch.empty_like(logits)
+        labels = labels.where(labels != ctx.ignored, 0)[:, None]
+        for part in _pieces_of_logits(logits):
+            piece = logits[part].softmax(-1, dtype=torch.float32).mul_(weights[part])
+            found[part] = piece.scatter_add_(1, labels[part], -weights[part])
+        return found, None, None
+
+
+def _pieces_of_logits(logits: Tensor) -> Iterator[slice]:
+    """Cut the rows of (rows, vocabulary) logits; few and large on a GPU, where every step costs a start."""
+    rows, width = logits.shape
+    return pieces(rows, width if logits.device.type == "cpu" else width // 256)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

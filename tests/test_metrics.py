@@ -27,6 +27,7 @@ from flexi_plugins.metrics.greedy import Greedy
 from flexi_plugins.numerics import (
     absolute_sum,
     all_finite,
+    cross_entropy,
     one_minus_cosine,
     pieces,
     product,
@@ -666,6 +667,24 @@ def test_one_value_that_is_not_finite_is_found_wherever_it_stands(dtype):
 def test_products_of_float16_do_not_overflow():
     large = torch.full((2, 8), 300.0, dtype=torch.float16)
     assert product(large, large.T).tolist() == [[720_000.0] * 2] * 2
+
+
+@DTYPES
+@pytest.mark.parametrize("ignored", [(), (0, 3, 699), range(700)])
+def test_cross_entropy_in_pieces_is_that_of_torch(dtype, ignored):
+    """Of more rows than a piece has; the gradient has the dtype of the logits, and none where no label is."""
+    logits = [(4 * drawn(700, 1000, dtype=dtype)).requires_grad_() for _ in range(2)]
+    labels = torch.randint(1000, (700,), generator=torch.Generator().manual_seed(1))
+    labels[list(ignored)] = -100
+    expected = F.cross_entropy(logits[0].float(), labels, reduction="sum")
+    found = cross_entropy(logits[1], labels)
+    for loss in (expected, found):
+        (0.3 * loss).backward()
+    assert found.dtype == torch.float32
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+    assert logits[1].grad.dtype == dtype
+    assert close(logits[1].grad.double(), logits[0].grad.double(), 1e-6 if dtype == torch.float32 else 2.0**-8)
+    assert not logits[1].grad[list(ignored)].any()
 
 
 def test_standardise():

@@ -39,9 +39,11 @@ def next_token_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Return the mean cross-entropy of the next token over the labels that are not ``IGNORED``, nats; 0 without any."""
     from torch.nn import functional as F
 
+    from flexi_plugins.numerics import cross_entropy
+
     logits = model(input_ids=batch["input_ids"], use_cache=False).logits
     labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
-    total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    total = cross_entropy(logits.flatten(0, 1), labels.flatten(), IGNORED)
     return total / labels.ne(IGNORED).sum().clamp(min=1)
 
 

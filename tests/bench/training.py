@@ -26,7 +26,7 @@ from flexi_plugins.precision import native_bfloat16
 from flexi_plugins.pruner import Pruner, Training
 from flexi_plugins.recovery.lora import Lora
 
-LENGTH, TOKENS, STEP, ROUNDS = 256, 16_384, 2048, 4
+LENGTH, TOKENS, STEP, ROUNDS = 256, 8192, 2048, 8
 METHOD = Lora(batch_tokens=STEP, micro_batch_tokens=STEP, evaluate_every=10 * TOKENS, keep="last")
 
 
